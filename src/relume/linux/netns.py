@@ -1,0 +1,102 @@
+"""Network namespaces: sockets made inside one, its loopback address, its interfaces.
+
+A socket belongs for ever to the namespace of the thread that made it (socket(2), network_namespaces(7)).
+So a thread that has entered the namespace makes the sockets, and anybody in the process may use them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from relume.linux import syscall
+
+CLONE_NEWNET = 0x40000000
+
+_SIOCGIFFLAGS = 0x8913
+_SIOCSIFFLAGS = 0x8914
+_SIOCSIFADDR = 0x8916
+_SIOCSIFNETMASK = 0x891C
+_IFF_UP = 1
+
+T = TypeVar("T")
+
+
+class Inside:
+    """A thread that lives in one network namespace and runs what it is given there, in order."""
+
+    def __init__(self, namespace: int) -> None:
+        """``namespace`` is a descriptor of /proc/PID/ns/net; it is not kept. Raises OSError."""
+        self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        entered: Future[None] = Future()
+        self._thread = threading.Thread(target=self._live, args=(namespace, entered), daemon=True, name="inside")
+        self._thread.start()
+        entered.result()
+
+    def _live(self, namespace: int, entered: Future[None]) -> None:
+        if syscall.libc().setns(namespace, CLONE_NEWNET) != 0:
+            entered.set_exception(syscall.error("setns"))
+            return
+        entered.set_result(None)
+        while (item := self._work.get()) is not None:
+            work, done = item
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Run ``work`` inside and return what it returns."""
+        done: Future[T] = Future()
+        self._work.put((work, done))
+        return done.result()
+
+    def close(self) -> None:
+        """End the thread, which drops its hold on the namespace."""
+        self._work.put(None)
+        self._thread.join()
+
+
+def loopback_up(address: str) -> None:
+    """Bring ``lo`` up and give it ``address``/32 beside 127.0.0.1 (as alias ``lo:1``).
+
+    netdevice(7). To be run inside the namespace, e.g. by :meth:`Inside.run`.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        _set_address(control, "lo", "127.0.0.1", "255.0.0.0")
+        request = struct.pack("16sh", b"lo", 0)
+        flags = struct.unpack("16sh", fcntl.ioctl(control, _SIOCGIFFLAGS, request)[:18])[1]
+        fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh", b"lo", flags | _IFF_UP))
+        _set_address(control, "lo:1", address, "255.255.255.255")
+
+
+def _set_address(control: socket.socket, name: str, address: str, mask: str) -> None:
+    for request, value in ((_SIOCSIFADDR, address), (_SIOCSIFNETMASK, mask)):
+        body = struct.pack("16sHH4s8x", name.encode(), socket.AF_INET, 0, socket.inet_aton(value))
+        fcntl.ioctl(control, request, body)
+
+
+def listener(address: str, port: int, *, backlog: int) -> socket.socket:
+    """A listening TCP socket, non-blocking. To be run inside the namespace."""
+    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind((address, port))
+    made.listen(backlog)
+    return made
+
+
+def stream_socket(family: int = socket.AF_INET) -> socket.socket:
+    """An unconnected TCP socket, non-blocking. To be run inside the namespace."""
+    return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+
+
+def open_of(pid: int) -> int:
+    """A descriptor of the network namespace of process ``pid``; the caller closes it."""
+    return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
