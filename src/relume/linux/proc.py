@@ -1,0 +1,209 @@
+"""What /proc says of one process: descriptors, mappings, mounts, sockets, memory.
+
+Reading only, and cheap enough to be done while an app is frozen: one pass over a file, no caching, no
+waiting. A process that ends meanwhile raises ProcessLookupError or FileNotFoundError, as the kernel says
+it; callers that walk a live tree skip it (:data:`GONE`). Sources: proc(5), proc_pid_fdinfo(5),
+proc_pid_maps(5), proc_pid_mountinfo(5), proc_pid_smaps(5), proc_pid_status(5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator
+
+GONE = (FileNotFoundError, ProcessLookupError)
+"""What reading /proc of a process raises once it is gone (ENOENT, ESRCH)."""
+
+DELETED = " (deleted)"
+"""What the kernel appends to the name of a file that has none any more. A real name may end so too."""
+
+_OCTAL = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mapping:
+    """One line of /proc/PID/maps; ``device`` is "major:minor" in hex, ``path`` empty for anonymous memory."""
+
+    start: int
+    end: int
+    permissions: str
+    offset: int
+    device: str
+    inode: int
+    path: str
+
+    @property
+    def shared(self) -> bool:
+        return self.permissions.endswith("s")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of /proc/PID/mountinfo. ``mnt_id`` is unique on the machine while the mount exists."""
+
+    mnt_id: int
+    parent_id: int
+    device: str
+    root: str
+    point: str
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Status:
+    """The lines of /proc/PID/status that matter here; ``pids`` are its pids from our namespace inwards."""
+
+    name: str
+    state: str
+    tracer: int
+    pids: tuple[int, ...]
+
+    @property
+    def inside(self) -> int:
+        """The pid by which the process knows itself."""
+        return self.pids[-1]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UnixSocket:
+    """One line of /proc/PID/net/unix; ``path`` as given to bind(2), "@..." when abstract, "" when unbound."""
+
+    inode: int
+    listening: bool
+    connected: bool
+    path: str
+
+
+def link(pid: int, name: str) -> str:
+    """Where the magic link /proc/PID/NAME points, as a path from the root of its mount namespace."""
+    return os.fsdecode(os.readlink(os.fsencode(f"/proc/{pid}/{name}")))
+
+
+def descriptors(pid: int) -> Iterator[tuple[int, str]]:
+    """(number, target) of each open descriptor; ones closed meanwhile are left out."""
+    directory = f"/proc/{pid}/fd"
+    for name in os.listdir(directory):
+        try:
+            yield int(name), os.fsdecode(os.readlink(os.fsencode(f"{directory}/{name}")))
+        except GONE:
+            continue
+
+
+def fdinfo(pid: int, fd: int) -> str:
+    """The text of /proc/PID/fdinfo/FD."""
+    return _text(f"/proc/{pid}/fdinfo/{fd}")
+
+
+def mount_id(info: str) -> int:
+    """The ``mnt_id`` in a text of :func:`fdinfo`; -1 when the file is in no mount."""
+    for line in info.splitlines():
+        if line.startswith("mnt_id:"):
+            return int(line[7:])
+    return -1
+
+
+def mappings(pid: int) -> Iterator[Mapping]:
+    """Each memory mapping, in address order."""
+    with open(f"/proc/{pid}/maps", "rb") as lines:
+        for line in lines:
+            fields = line.rstrip(b"\n").split(None, 5)
+            start, _, end = fields[0].partition(b"-")
+            yield Mapping(
+                start=int(start, 16),
+                end=int(end, 16),
+                permissions=fields[1].decode(),
+                offset=int(fields[2], 16),
+                device=fields[3].decode(),
+                inode=int(fields[4]),
+                # Only a newline is escaped here (as \012), so a name with a backslash stays ambiguous.
+                path=os.fsdecode(fields[5].replace(b"\\012", b"\n")) if len(fields) > 5 else "",
+            )
+
+
+def mounts(pid: int) -> list[Mount]:
+    """The mounts of its mount namespace, in the order they were made."""
+    found = []
+    with open(f"/proc/{pid}/mountinfo", "rb") as lines:
+        for line in lines:
+            fields, _, rest = line.partition(b" - ")
+            mnt, parent, device, root, point = fields.split(b" ", 5)[:5]
+            found.append(
+                Mount(
+                    mnt_id=int(mnt),
+                    parent_id=int(parent),
+                    device=device.decode(),
+                    root=_unescape(root),
+                    point=_unescape(point),
+                    kind=rest.split(b" ", 1)[0].decode(),
+                )
+            )
+    return found
+
+
+def root_mount(pid: int) -> Mount:
+    """The mount at ``/`` of its mount namespace: the topmost, where several lie on each other."""
+    return [mount for mount in mounts(pid) if mount.point == "/"][-1]
+
+
+def status(pid: int) -> Status:
+    """Name, state, tracer and pids."""
+    fields = dict(line.split(":\t", 1) for line in _text(f"/proc/{pid}/status").splitlines() if ":\t" in line)
+    return Status(
+        name=fields["Name"],
+        state=fields["State"][:1],
+        tracer=int(fields["TracerPid"]),
+        pids=tuple(int(number) for number in fields.get("NSpid", str(pid)).split()),
+    )
+
+
+def namespace(pid: int, kind: str) -> int:
+    """The inode number that names its namespace of this kind (``mnt``, ``pid``, ``net``, ``user``, ...)."""
+    return int(link(pid, f"ns/{kind}").partition("[")[2].rstrip("]"))
+
+
+def unix_sockets(pid: int) -> list[UnixSocket]:
+    """Every unix socket of its network namespace (proc_pid_net(5))."""
+    found = []
+    with open(f"/proc/{pid}/net/unix", "rb") as lines:
+        next(lines)
+        for line in lines:
+            fields = line.rstrip(b"\n").split(b" ", 7)
+            # Num: RefCount Protocol Flags Type St Inode Path; the inode is padded to five columns.
+            *_, flags, _kind, state = fields[:6]
+            inode, _, path = line.rstrip(b"\n").split(b" ", 6)[6].lstrip().partition(b" ")
+            found.append(
+                UnixSocket(
+                    inode=int(inode),
+                    listening=bool(int(flags, 16) & 0x10000),  # __SO_ACCEPTCON
+                    connected=state == b"03",
+                    path=os.fsdecode(path),
+                )
+            )
+    return found
+
+
+def memory(pid: int) -> dict[str, int]:
+    """/proc/PID/smaps_rollup in bytes, by its own field names (``Rss``, ``Anonymous``, ...).
+
+    Empty for a process without memory of its own: a kernel thread or a zombie.
+    """
+    fields = {}
+    try:
+        for line in _text(f"/proc/{pid}/smaps_rollup").splitlines()[1:]:
+            name, _, value = line.partition(":")
+            fields[name] = int(value.split()[0]) * 1024
+    except ProcessLookupError:
+        return {}
+    return fields
+
+
+def _text(path: str) -> str:
+    with open(path, errors="surrogateescape") as file:
+        return file.read()
+
+
+def _unescape(field: bytes) -> str:
+    """Space, tab, newline and backslash are written as three octal digits."""
+    return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8)]), field))
