@@ -1,0 +1,71 @@
+"""The log of one instance: raw bytes in one file, time stamps in another, rotation by size.
+
+``log`` holds exactly what the app wrote, both streams in the order they arrived. ``log.times`` has a line
+``OFFSET UNIX_TIME STREAM`` for each piece that was read, OFFSET being where it begins in ``log``. At
+``limit`` bytes both are renamed to ``.1`` (one generation is kept) at a line's end.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+STDOUT, STDERR, RELUME = "out", "err", "relume"
+
+
+class Log:
+    """An append-only log; writes go straight to the kernel, so that a reader sees them at once."""
+
+    def __init__(self, path: Path, *, limit: int) -> None:
+        self._path = path
+        self._limit = limit
+        self._open()
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._raw = os.open(self._path, flags, 0o600)
+        self._times = os.open(times_of(self._path), flags, 0o600)
+        self._size = os.fstat(self._raw).st_size
+
+    def write(self, data: bytes, stream: str) -> None:
+        """Append ``data``, all of it. A full disk loses it: the app must not stand still for its log."""
+        if self._size >= self._limit and data:
+            data = self._rotate(data, stream)
+        self._append(data, stream)
+
+    def _append(self, data: bytes, stream: str) -> None:
+        if not data:
+            return
+        try:
+            os.write(self._times, f"{self._size} {time.time():.6f} {stream}\n".encode())
+            rest = memoryview(data)
+            while rest:
+                written = os.write(self._raw, rest)
+                self._size += written
+                rest = rest[written:]
+        except OSError:
+            pass
+
+    def _rotate(self, data: bytes, stream: str) -> bytes:
+        """Finish the line that is being written, rename both files; returns what belongs to the new one."""
+        end = data.find(b"\n") + 1
+        if not end and self._size < 2 * self._limit:
+            return data  # in the middle of a long line: let it grow a little
+        self._append(data[:end], stream)
+        self.close()
+        try:
+            for path in (self._path, times_of(self._path)):
+                os.replace(path, path.with_name(path.name + ".1"))
+        finally:
+            self._open()
+        return data[end:]
+
+    def close(self) -> None:
+        os.close(self._raw)
+        os.close(self._times)
+
+
+def times_of(path: Path) -> Path:
+    """Where the time stamps of the log at ``path`` are."""
+    return path.with_name(path.name + ".times")

@@ -1,0 +1,66 @@
+"""Processes: their identity across pid reuse, pidfds, subreapers, signals at a parent's death."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+from relume.linux import syscall
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def start_time(pid: int) -> int | None:
+    """When ``pid`` started, in clock ticks since boot (proc_pid_stat(5), field 22); None if it is gone.
+
+    (pid, start time) names a process for the life of the machine; a pid alone does not.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def alive(pid: int, started: int) -> bool:
+    """Whether the process that was ``pid`` and started then still runs."""
+    return start_time(pid) == started
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """kill(2) that does not mind when the process is gone."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def become_subreaper() -> None:
+    """Orphans among our descendants become our children (prctl(2)), so their exit status is ours to read."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Get ``number`` when the thread that made us ends."""
+    _prctl(_PR_SET_PDEATHSIG, number)
+
+
+def set_name(name: str) -> None:
+    """What ps and top show as the command (15 bytes)."""
+    buffer = ctypes.create_string_buffer(name.encode()[:15])
+    syscall.libc().prctl(_PR_SET_NAME, buffer, 0, 0, 0)
+
+
+def boot_id() -> str:
+    """A random id the kernel makes at each boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _prctl(option: int, value: int) -> None:
+    if syscall.libc().prctl(option, value, 0, 0, 0) != 0:
+        raise syscall.error(f"prctl {option}")
