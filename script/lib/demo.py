@@ -118,7 +118,7 @@ def wait_for_node(node: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def answers() -> bool:
-    command = [RELUME, "node", "status"]
+    command = [str(RELUME), "node", "status"]
     return subprocess.run(command, capture_output=True, env=environment()).returncode == 0
 
 
