@@ -1,0 +1,42 @@
+"""cerebrium.toml and node.toml: models, parsing, errors that name file, line, key and fix."""
+
+from .app import (
+    CheckpointPolicy,
+    CustomRuntime,
+    Dependencies,
+    DependencyFiles,
+    Deployment,
+    Experimental,
+    Hardware,
+    PartnerRuntime,
+    Relume,
+    Runtime,
+    Scaling,
+)
+from .load import FILE_NAME, AppConfig, load_app
+from .node import Limits, NodeConfig, NodeSettings, RegionSettings, StoreSettings, load_node
+from .warning import ConfigWarning
+
+__all__ = [
+    "FILE_NAME",
+    "AppConfig",
+    "CheckpointPolicy",
+    "ConfigWarning",
+    "CustomRuntime",
+    "Dependencies",
+    "DependencyFiles",
+    "Deployment",
+    "Experimental",
+    "Hardware",
+    "Limits",
+    "NodeConfig",
+    "NodeSettings",
+    "PartnerRuntime",
+    "RegionSettings",
+    "Relume",
+    "Runtime",
+    "Scaling",
+    "StoreSettings",
+    "load_app",
+    "load_node",
+]

@@ -1,0 +1,126 @@
+"""``node.toml``: one machine's settings. All of it is optional; a node runs without the file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from .app import Text, bad
+from .document import read
+from .keys import Key, Table
+from .lenient import Remarks
+from .reader import model_of
+from .warning import ConfigWarning
+
+_SCHEMES = ("file:", "s3:", "gs:", "az:", "memory:")
+
+
+def _store_url(value: str) -> str:
+    if not value.startswith(_SCHEMES) or not value.isprintable() or " " in value:
+        raise bad("not the address of a store")
+    return value
+
+
+def _address(value: str) -> str:
+    host, colon, port = value.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or not 0 <= int(port[:6]) <= 65535:
+        raise bad("not an address")
+    return value
+
+
+class StoreSettings(Table):
+    """``[store]``."""
+
+    url: Annotated[
+        str | None,
+        AfterValidator(lambda value: value if value is None else _store_url(value)),
+        Key(
+            "where checkpoints live; by default a directory in the node's state",
+            allowed="file:PATH, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or memory:",
+        ),
+    ] = None
+    max_cache_bytes: Annotated[
+        int, Field(ge=0, le=2**60), Key("bytes of a remote store's objects kept on this machine")
+    ] = 50_000_000_000
+
+
+class RegionSettings(Table):
+    """``[region]``."""
+
+    name: Annotated[Text, Key("shown in listings; nodes that share a store share it")] = "local"
+    key_file: Annotated[
+        str | None,
+        Key("a file of `relume keys new`; nodes with the same one trust each other. Relative to node.toml"),
+    ] = None
+    prefetch: Annotated[bool, Key("fetch the working sets of new checkpoints before they are asked for")] = (
+        False
+    )
+
+
+class Limits(Table):
+    """``[node.limits]``."""
+
+    max_instances: Annotated[int, Field(ge=1, le=10_000), Key("running and prepared instances")] = 200
+    max_memory_bytes: Annotated[
+        int | None,
+        Field(ge=1, le=2**60),
+        Key("bytes of memory limits given out in all; by default the machine's"),
+    ] = None
+
+
+class NodeSettings(Table):
+    """``[node]``."""
+
+    listen: Annotated[
+        str | None,
+        AfterValidator(lambda value: value if value is None else _address(value)),
+        Key("an address for HTTP besides the unix socket; by default none", allowed="HOST:PORT"),
+    ] = None
+    allow_userfaultfd: Annotated[
+        bool,
+        Key("set vm.unprivileged_userfaultfd=1 while the node runs; without it restores read all memory"),
+    ] = True
+    max_log_bytes: Annotated[
+        int, Field(ge=4096, le=2**40), Key("bytes after which an instance's log is rotated")
+    ] = 64 * 2**20
+    log_files: Annotated[int, Field(ge=1, le=100), Key("rotated logs kept for each instance")] = 2
+    limits: Annotated[Limits, Key("what instances may take together")] = Limits()
+
+
+class NodeFile(Table):
+    """A whole ``node.toml``."""
+
+    store: Annotated[StoreSettings, Key("where checkpoints live")] = StoreSettings()
+    region: Annotated[RegionSettings, Key("the nodes that share the store")] = RegionSettings()
+    node: Annotated[NodeSettings, Key("this machine")] = NodeSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """A node's settings. ``file`` is None for the defaults; ``key_file`` is absolute."""
+
+    file: Path | None
+    store: StoreSettings
+    region: RegionSettings
+    node: NodeSettings
+    warnings: tuple[ConfigWarning, ...]
+
+    @property
+    def key_file(self) -> Path | None:
+        if self.region.key_file is None:
+            return None
+        return (self.file.parent if self.file else Path()) / self.region.key_file
+
+
+def load_node(path: Path | None) -> NodeConfig:
+    """Read a node's settings; the defaults for None. Raises ConfigError and nothing else."""
+    if path is None:
+        defaults = NodeFile()
+        return NodeConfig(None, defaults.store, defaults.region, defaults.node, ())
+    document = read(path.absolute(), hint_if_missing="a node also runs without one: `relume node run`")
+    remarks = Remarks(document)
+    file = model_of(NodeFile, document.data, remarks, strict=False)
+    return NodeConfig(document.path, file.store, file.region, file.node, remarks.sorted())
