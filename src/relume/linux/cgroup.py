@@ -115,7 +115,10 @@ def remove(group: str, *, timeout: float = 2.0) -> None:
 def memory(group: str) -> tuple[int, int | None]:
     """(bytes charged now, limit in bytes or None) of ``group``."""
     for directory in directories(group):
-        for used, limit in (("memory.current", "memory.max"), ("memory.usage_in_bytes", "memory.limit_in_bytes")):
+        for used, limit in (
+            ("memory.current", "memory.max"),
+            ("memory.usage_in_bytes", "memory.limit_in_bytes"),
+        ):
             if (directory / used).exists():
                 text = (directory / limit).read_text().strip()
                 bound = None if text == "max" or int(text) >= 1 << 60 else int(text)

@@ -12,7 +12,7 @@ import queue
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -36,7 +36,9 @@ class Inside:
         """``namespace`` is a descriptor of /proc/PID/ns/net; it is not kept. Raises OSError."""
         self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         entered: Future[None] = Future()
-        self._thread = threading.Thread(target=self._live, args=(namespace, entered), daemon=True, name="inside")
+        self._thread = threading.Thread(
+            target=self._live, args=(namespace, entered), daemon=True, name="inside"
+        )
         self._thread.start()
         entered.result()
 
@@ -64,8 +66,8 @@ class Inside:
         self._thread.join()
 
 
-def loopback_up(address: str) -> None:
-    """Bring ``lo`` up and give it ``address``/32 beside 127.0.0.1 (as alias ``lo:1``).
+def loopback_up(addresses: Sequence[str]) -> None:
+    """Bring ``lo`` up and give it ``addresses``, each a /32, beside 127.0.0.1 (as aliases ``lo:1``, ...).
 
     netdevice(7). To be run inside the namespace, e.g. by :meth:`Inside.run`.
     """
@@ -74,7 +76,14 @@ def loopback_up(address: str) -> None:
         request = struct.pack("16sh", b"lo", 0)
         flags = struct.unpack("16sh", fcntl.ioctl(control, _SIOCGIFFLAGS, request)[:18])[1]
         fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh", b"lo", flags | _IFF_UP))
-        _set_address(control, "lo:1", address, "255.255.255.255")
+        for number, address in enumerate(addresses, 1):
+            _set_address(control, f"lo:{number}", address, "255.255.255.255")
+
+
+def has_default_route() -> bool:
+    """Whether an IPv4 default route exists in the caller's namespace (proc_net(5): destination 00000000)."""
+    with open("/proc/thread-self/net/route") as table:
+        return any(line.split("\t")[1:2] == ["00000000"] for line in table)
 
 
 def _set_address(control: socket.socket, name: str, address: str, mask: str) -> None:

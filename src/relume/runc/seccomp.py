@@ -59,9 +59,7 @@ def profile(capabilities: frozenset[str], path: Path = PROFILE) -> dict[str, Any
     for entry in source["syscalls"]:
         if not _applies(entry, arch, capabilities):
             continue
-        names = [
-            name for name in entry["names"] if name not in _NO_SUCH_CALL | _NEEDS_SYS_ADMIN | _SPECIAL
-        ]
+        names = [name for name in entry["names"] if name not in _NO_SUCH_CALL | _NEEDS_SYS_ADMIN | _SPECIAL]
         if names:
             rules.append(_rule(names, entry["action"], entry.get("errnoRet"), entry.get("args")))
     rules.append(_rule(sorted(_NO_SUCH_CALL), "SCMP_ACT_ERRNO", _ENOSYS))

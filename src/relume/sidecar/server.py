@@ -85,7 +85,9 @@ class Sidecar:
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
         try:
-            await _Connection(self, reader, writer, crowded=len(self._connections) > self._limits.connections).serve()
+            await _Connection(
+                self, reader, writer, crowded=len(self._connections) > self._limits.connections
+            ).serve()
         except (OSError, TimeoutError):
             pass  # the caller is gone; what it asked for goes on
         finally:
@@ -180,11 +182,15 @@ class _Connection:
                 event = self._http.next_event()
             except h11.RemoteProtocolError as error:
                 status = error.error_status_hint
-                raise _Refused(status, "header_too_large" if status == 431 else "bad_request", str(error)) from None
+                raise _Refused(
+                    status, "header_too_large" if status == 431 else "bad_request", str(error)
+                ) from None
             if event is not h11.NEED_DATA:
                 return event
             if self._http.they_are_waiting_for_100_continue:
-                self._writer.write(self._http.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
+                self._writer.write(
+                    self._http.send(h11.InformationalResponse(status_code=100, headers=[])) or b""
+                )
             try:
                 async with asyncio.timeout_at(deadline):
                     data = await self._reader.read(16 * 1024)

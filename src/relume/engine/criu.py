@@ -1,0 +1,259 @@
+"""Boot, restore and dump of one container by runc and CRIU, top to bottom. Runs inside the keeper.
+
+What it guarantees: a container either runs with its stdio, network and exit status in our hands, or an
+:class:`EngineError` says why not and no process of it is left. A dump ends in a thawed container whatever
+happens, within its time-out. What it does not do: decide, publish, or clean directories (the node does).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from relume.engine import held
+from relume.engine.gate import Gate
+from relume.engine.jobs import Container, DumpJob, DumpResult, RestoreJob
+from relume.engine.network import Network
+from relume.engine.stdio import Sink, Stdio
+from relume.errors import EngineError, Unsupported
+from relume.linux import cgroup, netns, process
+from relume.runc import Runc
+from relume.sidecar import ADDRESS, PORT
+
+_INTERRUPT_ONLY = "137"
+"""CRIU's fault number that stops tasks by PTRACE_INTERRUPT alone, without the freezer (compel's
+interrupt-only mode, which its CUDA plugin uses). With the v1 freezer, a task that is also stopped by SIGSTOP
+hangs the dump for ever in the kernel's ptrace_attach."""
+
+
+class Criu:
+    """The engine's hold on one container."""
+
+    def __init__(
+        self,
+        container: Container,
+        *,
+        sink: Sink,
+        on_network: Callable[[socket.socket], Awaitable[None]],
+    ) -> None:
+        """``sink`` gets what it prints; ``on_network`` gets the sidecar's listener as soon as there is one."""
+        self._container = container
+        self._runc = Runc(Path(container.runc), Path(container.runc_root), Path(container.criu))
+        self._directory = Path(container.runtime)
+        self._sink = sink
+        self._on_network = on_network
+        self._hook = Gate(self._directory, "hook")
+        self._hook.write_hook()
+        self._stdio: Stdio | None = None
+        self.network: Network | None = None
+        self.pid = 0
+        self.timeline: dict[str, float] = {}
+
+    async def boot(self) -> int:
+        """``runc run``; returns the host pid of the container's init."""
+        return await self._bring_up(["run", "--detach"], wait_for_way_out=True)
+
+    async def restore(self, job: RestoreJob) -> int:
+        """``runc restore``; returns the host pid of the container's init, which by then has run for a while."""
+        (self._directory / "criu.conf").write_text(job.options)
+        arguments = ["restore", "--detach", "--image-path", job.images, "--work-path", job.work]
+        arguments += ["--empty-ns", "network"]
+        if job.pager is not None:
+            arguments.append("--lazy-pages")
+        return await self._bring_up(arguments, wait_for_way_out=False)
+
+    async def _bring_up(self, arguments: list[str], *, wait_for_way_out: bool) -> int:
+        pid_file = self._directory / "pid"
+        log = self._directory / "runc.log"
+        self._stdio = Stdio(self._sink)
+        self._mark("runc_started")
+        command = await asyncio.create_subprocess_exec(
+            *self._runc.argv(
+                *arguments,
+                *("--bundle", str(self._directory / "bundle"), "--pid-file", str(pid_file)),
+                self._container.instance_id,
+                log=log,
+            ),
+            env=self._runc.environment(),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=self._stdio.out,
+            stderr=self._stdio.err,
+        )
+        self._stdio.hand_over()
+        meeting = asyncio.create_task(self._meet_hook(wait_for_way_out))
+        ending = asyncio.create_task(command.wait())
+        try:
+            await asyncio.wait({meeting, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if meeting.done():
+                meeting.result()
+            code = await ending
+        except BaseException:
+            # Whatever went wrong at the meeting (a hung up node is not among it), nobody may wait for us.
+            self._hook.release(ok=False)
+            await ending
+            raise
+        finally:
+            meeting.cancel()
+        self._mark("runc_returned")
+        if code != 0:
+            raise EngineError(_last_error(log) or f"runc {arguments[0]} ended with status {code}")
+        self.pid = int(pid_file.read_text())
+        return self.pid
+
+    async def _meet_hook(self, wait_for_way_out: bool) -> None:
+        """The namespaces exist, nothing of the container runs yet: make its network, then let runc go on."""
+        state = json.loads(await self._hook.arrival())
+        self._mark("namespaces")
+        pid = int(state["pid"])
+        self.network = Network(pid, sidecar=ADDRESS)
+        listener = self.network.inside.run(lambda: netns.listener(ADDRESS, PORT, backlog=512))
+        await self._on_network(listener)
+        if self._container.outgoing:
+            way_out = self.network.open_way_out(pid, self._directory / "pasta.log")
+            if wait_for_way_out:
+                await way_out
+            else:
+                self._way_out = asyncio.create_task(way_out)
+        self._hook.release()
+        self._mark("network")
+
+    async def dump(self, job: DumpJob) -> DumpResult:
+        """``runc checkpoint --leave-running``, held files copied while all is frozen. Never raises for CRIU."""
+        started = time.monotonic()
+        gate = Gate(self._directory, "post-dump")
+        try:
+            gate.write_action_script("post-dump")
+            (self._directory / "criu.conf").write_text(job.options)
+            command = await asyncio.create_subprocess_exec(
+                *self._runc.argv(
+                    *("checkpoint", "--leave-running", "--image-path", job.images, "--work-path", job.work),
+                    *("--empty-ns", "network", self._container.instance_id),
+                    log=Path(job.work) / "runc.log",
+                ),
+                env=self._runc.environment() | {"CRIU_FAULT": _INTERRUPT_ONLY},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            copying = asyncio.create_task(self._copy_held(gate, job))
+            watchdog = asyncio.create_task(self._thaw_after(job.timeout, command))
+            code = await command.wait()
+            watchdog.cancel()
+            if code != 0 and not copying.done():
+                copying.cancel()
+            result = await asyncio.gather(copying, return_exceptions=True)
+        finally:
+            gate.close()
+            await asyncio.to_thread(cgroup.thaw, self._container.cgroup)
+        return self._dump_result(job, code, result[0], time.monotonic() - started)
+
+    async def _copy_held(self, gate: Gate, job: DumpJob) -> tuple[held.HeldReport, float]:
+        await gate.arrival()
+        started = time.monotonic()
+        try:
+            pids = cgroup.processes(self._container.cgroup)
+            report = await asyncio.to_thread(
+                held.capture,
+                pids,
+                upper=Path(job.upper),
+                rootfs=self._directory / "rootfs",
+                dest=Path(job.held),
+                id_base=job.id_base,
+                limit_bytes=job.held_limit,
+                everything=job.everything,
+            )
+        except BaseException:
+            gate.release(ok=False)  # fails the dump, and CRIU lets the tasks go on
+            raise
+        gate.release()
+        return report, time.monotonic() - started
+
+    async def _thaw_after(self, timeout: float, command: asyncio.subprocess.Process) -> None:
+        """The watchdog: past ``timeout`` seconds the app runs again, dump or no dump."""
+        await asyncio.sleep(timeout)
+        cgroup.thaw(self._container.cgroup)
+        # SIGTERM first: CRIU killed in the middle of a task's system call would leave its parasite there.
+        process.send(command.pid, signal.SIGTERM)
+        await asyncio.sleep(5)
+        cgroup.thaw(self._container.cgroup)
+        try:
+            os.killpg(command.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def _dump_result(
+        self, job: DumpJob, code: int, copied: tuple[held.HeldReport, float] | BaseException, seconds: float
+    ) -> DumpResult:
+        gone = not Path(f"/proc/{self.pid}").exists()
+        if isinstance(copied, Unsupported):
+            return DumpResult(
+                job.dump_id,
+                error=copied.message,
+                culprits=list(copied.details.get("culprits", ()))
+                or [{"what": copied.message, "hint": copied.hint}],
+                app_gone=gone,
+            )
+        if code != 0:
+            error = _last_error(Path(job.work) / "runc.log") or f"runc checkpoint ended with status {code}"
+            return DumpResult(job.dump_id, error=error, app_gone=gone, seconds=seconds)
+        if isinstance(copied, BaseException):
+            return DumpResult(job.dump_id, error=f"copying held files: {copied}", app_gone=gone)
+        report, copy_seconds = copied
+        return DumpResult(
+            job.dump_id,
+            seconds=seconds,
+            copy_seconds=copy_seconds,
+            held=dataclasses.asdict(report),
+            app_gone=gone,
+        )
+
+    async def ended(self) -> int:
+        """Wait for the container's init; returns its exit code, or 128 + the signal that ended it."""
+        loop = asyncio.get_running_loop()
+        descriptor = os.pidfd_open(self.pid)
+        over = asyncio.Event()
+        loop.add_reader(descriptor, over.set)
+        try:
+            await over.wait()
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+        _, status = await asyncio.to_thread(os.waitpid, self.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if self._stdio is not None:
+            await self._stdio.drained(1.0)
+        return 128 - code if code < 0 else code
+
+    async def close(self) -> None:
+        """End what is left of it: stray processes, pasta, the hook's FIFOs."""
+        await asyncio.to_thread(cgroup.kill, self._container.cgroup)
+        if self.network is not None:
+            await self.network.close()
+        self._hook.close()
+
+    def _mark(self, stage: str) -> None:
+        self.timeline[stage] = time.monotonic()
+
+
+def _last_error(log: Path) -> str:
+    """The last error line of a runc log in JSON, without its level and time."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in reversed(lines):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry.get("level") in ("error", "fatal"):
+            return str(entry.get("msg", "")).strip()
+    return ""

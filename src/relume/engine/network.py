@@ -1,0 +1,76 @@
+"""The network inside a container: the same addresses in every instance, so that CRIU can bind them again.
+
+``lo`` with 127.0.0.1, with the sidecar's address, and with the instance's own inner address; and, where the
+machine allows, an ``eth0`` that pasta (package passt) serves from user space: outgoing traffic becomes
+sockets of the host, with no bridge, no NAT rule, no address to hand out, and nothing to clean but a process.
+Nothing comes in that way: the published port dials from inside the namespace.
+
+The inner address is on ``lo`` too, so that a restore need not wait for pasta before it binds sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from pathlib import Path
+
+from relume.linux import netns, process
+
+INNER_ADDRESS = "10.88.0.2"
+INNER_GATEWAY = "10.88.0.1"
+
+
+def pasta() -> str | None:
+    """The pasta command, if this machine can use it."""
+    return shutil.which("pasta") if Path("/dev/net/tun").exists() else None
+
+
+class Network:
+    """The inside of one network namespace, seen from the keeper."""
+
+    def __init__(self, pid: int, *, sidecar: str) -> None:
+        """``pid`` is any process in the namespace. Brings the addresses up. Raises OSError."""
+        namespace = netns.open_of(pid)
+        try:
+            self.inside = netns.Inside(namespace)
+        finally:
+            os.close(namespace)
+        self.inside.run(lambda: netns.loopback_up((sidecar, INNER_ADDRESS)))
+        self._pasta: asyncio.subprocess.Process | None = None
+
+    async def open_way_out(self, pid: int, log: Path) -> bool:
+        """Start pasta for the namespace of ``pid``; False (and a line in ``log``) if it cannot be."""
+        command = pasta()
+        if command is None:
+            return False
+        with log.open("ab") as errors:
+            self._pasta = await asyncio.create_subprocess_exec(
+                command,
+                *("--foreground", "--quiet", "--runas", "0", "--config-net", "--no-map-gw", "--ipv4-only"),
+                *("--address", INNER_ADDRESS, "--netmask", "255.255.255.0", "--gateway", INNER_GATEWAY),
+                *("--tcp-ports", "none", "--udp-ports", "none", "--tcp-ns", "none", "--udp-ns", "none"),
+                *("--netns", f"/proc/{pid}/ns/net", "--userns", f"/proc/{pid}/ns/user"),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                preexec_fn=process.die_with_parent,
+            )
+        return await self._interface_up()
+
+    async def _interface_up(self) -> bool:
+        """Wait until pasta has given the namespace a default route, or has died."""
+        assert self._pasta is not None
+        for _ in range(400):
+            if self._pasta.returncode is not None:
+                return False
+            if await asyncio.to_thread(self.inside.run, netns.has_default_route):
+                return True
+            await asyncio.sleep(0.005)
+        return False
+
+    async def close(self) -> None:
+        if self._pasta is not None and self._pasta.returncode is None:
+            self._pasta.kill()
+            await self._pasta.wait()
+        self.inside.close()

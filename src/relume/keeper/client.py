@@ -1,0 +1,138 @@
+"""The node's hold on one keeper: start it, reconnect to it, ask it, hear from it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from relume.engine.jobs import Container, DumpJob, DumpResult, RestoreJob
+from relume.errors import EngineError
+from relume.keeper import wire
+from relume.keeper.instance import Assignment
+
+SOCKET = "keeper.sock"
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+class KeeperLost(EngineError):
+    """The keeper is gone, and the stdio of its instance with it."""
+
+    code = "keeper_lost"
+
+
+class Keeper:
+    """A connection to one keeper. Events come to ``on_event``; ``lost`` is set when the connection ends."""
+
+    def __init__(self, container: Container, on_event: OnEvent) -> None:
+        self.container = container
+        self.on_event = on_event
+        self.lost = asyncio.Event()
+        self._replies: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._numbers = itertools.count(1)
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+
+    @staticmethod
+    async def spawn(container: Container) -> None:
+        """Start the keeper process of ``container`` in a session of its own; returns before it listens."""
+        log = Path(container.runtime) / "keeper.log"
+        with log.open("ab") as errors:
+            await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "relume.keeper", json.dumps(dataclasses.asdict(container))),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                start_new_session=True,
+            )
+
+    async def connect(self, *, patience: float = 10.0) -> dict[str, Any]:
+        """Connect, waiting ``patience`` seconds for it to listen; returns what ``hello`` tells."""
+        path = Path(self.container.runtime) / SOCKET
+        deadline = asyncio.get_running_loop().time() + patience
+        while True:
+            try:
+                reader, self._writer = await asyncio.open_unix_connection(path, limit=wire.LINE_LIMIT)
+                break
+            except OSError as error:
+                if asyncio.get_running_loop().time() >= deadline:
+                    raise KeeperLost(
+                        f"the keeper of {self.container.instance_id} does not answer: {error}",
+                        hint=f"its last words are in {path.with_name('keeper.log')}",
+                    ) from None
+                await asyncio.sleep(0.01)
+        self._reading = asyncio.create_task(self._read(reader))
+        return await self.ask("hello")
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        while (message := await wire.receive(reader)) is not None:
+            if "event" in message:
+                self.on_event(message)
+            elif (future := self._replies.pop(message["seq"], None)) is not None and not future.done():
+                future.set_result(message)
+        self.lost.set()
+        for future in self._replies.values():
+            if not future.done():
+                future.set_exception(KeeperLost(f"the keeper of {self.container.instance_id} is gone"))
+        self._replies.clear()
+
+    async def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        """One operation; raises EngineError with the keeper's words, or KeeperLost."""
+        if self._writer is None or self.lost.is_set():
+            raise KeeperLost(f"the keeper of {self.container.instance_id} is gone")
+        number = next(self._numbers)
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._replies[number] = future
+        wire.send(self._writer, {"seq": number, "op": op, **arguments})
+        reply = await future
+        if "error" in reply:
+            error = dict(reply["error"])
+            raise EngineError(error.pop("message"), hint=error.pop("hint", ""))
+        result: dict[str, Any] = reply["ok"]
+        return result
+
+    async def assign(self, assignment: Assignment) -> int:
+        """Give it an app; returns the published port."""
+        return int((await self.ask("assign", assignment=dataclasses.asdict(assignment)))["port"])
+
+    async def boot(self) -> dict[str, Any]:
+        return await self.ask("boot")
+
+    async def restore(self, job: RestoreJob) -> dict[str, Any]:
+        return await self.ask("restore", job=dataclasses.asdict(job))
+
+    async def dump(self, job: DumpJob) -> DumpResult:
+        """Dump; the result says whether it worked."""
+        return dump_result(await self.ask("dump", job=dataclasses.asdict(job)))
+
+    async def answer(self, request: int, status: int, body: Any) -> None:
+        await self.ask("answer", request=request, status=status, body=body)
+
+    async def signal(self, number: int) -> None:
+        await self.ask("signal", number=number)
+
+    async def end(self) -> None:
+        """Let a keeper without a living instance go."""
+        try:
+            await self.ask("end")
+        except EngineError:
+            pass
+
+    async def close(self) -> None:
+        """Drop the connection only."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._reading is not None:
+            self._reading.cancel()
+
+
+def dump_result(raw: dict[str, Any]) -> DumpResult:
+    """A DumpResult from its JSON, whatever else is beside it."""
+    names = {field.name for field in dataclasses.fields(DumpResult)}
+    return DumpResult(**{key: value for key, value in raw.items() if key in names})

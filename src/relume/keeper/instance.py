@@ -1,0 +1,261 @@
+"""One instance, as its keeper holds it: the engine, the log, the sidecar, the published port, the probe.
+
+Every public coroutine is one operation of the node (see :mod:`relume.keeper.server`). What happens without
+being asked (a request of the app, its readiness, its end) goes out through ``notify``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from relume.engine.criu import Criu
+from relume.engine.jobs import Container, DumpJob, RestoreJob
+from relume.errors import Conflict, EngineError
+from relume.keeper import probe
+from relume.keeper.log import RELUME, Log
+from relume.keeper.publish import PublishedPort
+from relume.linux import netns
+from relume.sidecar import Answer, Sidecar
+
+Notify = Callable[[dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a keeper is told when its instance gets an app. Paths are absolute; ``environment`` is secret."""
+
+    app: str
+    build_id: str
+    checkpointing: bool
+    restored: bool
+    checkpoint_id: str | None
+    environment: dict[str, str]
+    port: int
+    readycheck: str
+    """HTTP path of the readiness check; empty probes the port."""
+    log: str
+    log_limit: int
+    exit_file: str
+    first_line: str = ""
+
+
+class Instance:
+    """Holds one container from before its first instruction to after its last."""
+
+    def __init__(self, container: Container, notify: Notify) -> None:
+        self._container = container
+        self._notify = notify
+        self._engine = Criu(container, sink=self._printed, on_network=self._network_up)
+        self._sidecar = Sidecar(checkpoint=self._checkpoint, status=self._status, env=self._env)
+        self.published = PublishedPort(self._dial, self._responded)
+        self._assignment: Assignment | None = None
+        self._log: Log | None = None
+        self._requests: dict[int, asyncio.Future[Answer]] = {}
+        self._numbers = itertools.count(1)
+        self._frozen = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._answered = False
+        self.phase = "spare"
+        self.ready_at: float | None = None
+        self.exit_code: int | None = None
+        self.dump: dict[str, Any] | None = None
+        self.over = asyncio.Event()
+
+    # --- what the node asks -----------------------------------------------------------------------
+
+    async def assign(self, assignment: Assignment) -> int:
+        """Take an app; returns the published port on 127.0.0.1."""
+        if self._assignment is not None:
+            raise Conflict(f"instance {self._container.instance_id} already has an app")
+        self._assignment = assignment
+        self._log = Log(Path(assignment.log), limit=assignment.log_limit)
+        if assignment.first_line:
+            self._log.write(assignment.first_line.encode() + b"\n", RELUME)
+        await self.published.open()
+        self.phase = "assigned"
+        return self.published.port
+
+    async def boot(self) -> dict[str, Any]:
+        """Boot the container; returns its pid and the times of the stages."""
+        return await self._bring_up(self._engine.boot())
+
+    async def restore(self, job: RestoreJob) -> dict[str, Any]:
+        """Restore the container; returns its pid and the times of the stages."""
+        return await self._bring_up(self._engine.restore(job))
+
+    async def _bring_up(self, coming: Any) -> dict[str, Any]:
+        self.phase = "starting"
+        try:
+            pid = await coming
+        except BaseException:
+            self.phase = "failed"
+            await self._engine.close()
+            raise
+        self._spawn(self._watch_end())
+        return {"pid": pid, "timeline": self._engine.timeline}
+
+    async def make_dump(self, job: DumpJob) -> dict[str, Any]:
+        """Dump the running container. The result stays readable by ``hello`` until the next dump."""
+        async with self._frozen:
+            self.published.hold()
+            self.dump = {"dump_id": job.dump_id, "running": True}
+            try:
+                result = dataclasses.asdict(await self._engine.dump(job))
+            except Exception as error:
+                result = {"dump_id": job.dump_id, "error": f"{type(error).__name__}: {error}"}
+            finally:
+                self.published.resume()
+        self.dump = result | {"running": False}
+        return self.dump
+
+    def answer(self, request: int, answer: Answer) -> None:
+        """Answer a request of the app that waits; one that hung up meanwhile is no error."""
+        future = self._requests.pop(request, None)
+        if future is not None and not future.done():
+            future.set_result(answer)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the container's init."""
+        if self._engine.pid and self.exit_code is None:
+            os.kill(self._engine.pid, number)
+
+    def facts(self) -> dict[str, Any]:
+        """Everything a node that has just (re)connected must know."""
+        return {
+            "instance_id": self._container.instance_id,
+            "phase": self.phase,
+            "pid": self._engine.pid,
+            "port": self.published.port,
+            "ready_at": self.ready_at,
+            "exit_code": self.exit_code,
+            "requests": sorted(self._requests),
+            "dump": self.dump,
+        }
+
+    # --- what happens by itself -------------------------------------------------------------------
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _printed(self, data: bytes, stream: str) -> None:
+        if self._log is not None:
+            self._log.write(data, stream)
+
+    async def _network_up(self, listener: socket.socket) -> None:
+        await self._sidecar.open(listener)
+        self._spawn(self._watch_readiness())
+
+    async def _dial(self) -> socket.socket:
+        """A connection to the app's port, made inside; 127.0.0.1 first, then ::1."""
+        assert self._assignment is not None
+        network = self._engine.network
+        if network is None:
+            raise ConnectionRefusedError
+        loop = asyncio.get_running_loop()
+        refused: OSError = ConnectionRefusedError()
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            made = network.inside.run(lambda family=family: netns.stream_socket(family))  # type: ignore[misc]
+            try:
+                await loop.sock_connect(made, (address, self._assignment.port))
+                return made
+            except OSError as error:
+                made.close()
+                refused = error
+        raise refused
+
+    async def _watch_readiness(self) -> None:
+        assignment = self._assignment
+        assert assignment is not None
+        pause = probe.Pause()
+        while self.ready_at is None:
+            async with self._frozen:
+                ready = await self._probe_once(assignment)
+            if not ready:
+                await pause()
+                continue
+            self.ready_at = time.time()
+            self.phase = "ready"
+            self._notify({"event": "ready", "at": time.monotonic(), "timeline": self._engine.timeline})
+
+    async def _probe_once(self, assignment: Assignment) -> bool:
+        try:
+            connection = await self._dial()
+        except OSError:
+            return False
+        if not assignment.readycheck:
+            connection.close()
+            return True
+        return await probe.answers(connection, assignment.readycheck, assignment.app)
+
+    def _responded(self) -> None:
+        if not self._answered and self.ready_at is not None:
+            self._answered = True
+            self._notify({"event": "first_answer", "at": time.monotonic()})
+
+    async def _watch_end(self) -> None:
+        code = await self._engine.ended()
+        self.exit_code = code
+        self.phase = "exited"
+        assert self._assignment is not None
+        _write_durably(Path(self._assignment.exit_file), {"exit_code": code, "at": time.time()})
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        await self._sidecar.close()
+        await self.published.close()
+        await self._engine.close()
+        self._notify({"event": "exit", "exit_code": code})
+        self.over.set()
+
+    # --- what the app asks ------------------------------------------------------------------------
+
+    async def _checkpoint(self) -> Answer:
+        number = next(self._numbers)
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._requests[number] = future
+        self._notify({"event": "request", "request": number})
+        # Shielded: the app hanging up must not take the checkpoint down, and cancels this coroutine only.
+        return await asyncio.shield(future)
+
+    async def _status(self) -> Answer:
+        assignment = self._assignment
+        if assignment is None:
+            raise EngineError("no app yet")
+        return Answer(
+            200,
+            {
+                "instance_id": self._container.instance_id,
+                "app": assignment.app,
+                "build_id": assignment.build_id,
+                "restored": assignment.restored,
+                "restore_id": self._container.instance_id if assignment.restored else None,
+                "checkpoint_id": assignment.checkpoint_id,
+                "checkpointing": assignment.checkpointing,
+            },
+        )
+
+    async def _env(self) -> Answer:
+        return Answer(200, self._assignment.environment if self._assignment is not None else {})
+
+
+def _write_durably(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError:
+        pass  # a full disk: the event still tells a living node

@@ -1,0 +1,32 @@
+"""The words between node and keeper: JSON, one message a line, on the keeper's unix socket.
+
+The node sends ``{"seq": n, "op": name, ...}`` and gets ``{"seq": n, "ok": {...}}`` or
+``{"seq": n, "error": {...}}``; the keeper sends ``{"event": name, ...}`` in between. Only the newest
+connection gets events; after a reconnect ``hello`` tells everything that was missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+LINE_LIMIT = 16 * 1024 * 1024
+
+
+async def receive(reader: asyncio.StreamReader) -> dict[str, Any] | None:
+    """The next message, or None at the end of the connection."""
+    try:
+        line = await reader.readline()
+    except (ConnectionError, ValueError):
+        return None
+    if not line.endswith(b"\n"):
+        return None
+    message: dict[str, Any] = json.loads(line)
+    return message
+
+
+def send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
+    """Queue ``message``; a peer that is gone is noticed by whoever reads."""
+    if not writer.is_closing():
+        writer.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
