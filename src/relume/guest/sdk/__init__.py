@@ -1,0 +1,1 @@
+"""Not part of what a container sees: this file only gives the host's tools one name for the SDK's files."""
