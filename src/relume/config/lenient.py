@@ -73,7 +73,7 @@ def _known(
                 else value
             )
             continue
-        near = difflib.get_close_matches(name[:80], list(model.model_fields), n=1, cutoff=0.7)
+        near = difflib.get_close_matches(name[:80], list(model.model_fields), n=1, cutoff=0.6)
         extra = model.SUBTABLES
         if extra and isinstance(value, dict) and not near:
             kept[name] = _known(value, extra, (*path, name), remarks, homes)
