@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         log.error("%s", error)
         return 1
     if watch.confirm():
-        log.info("this container was restored from a checkpoint; random generators are reseeded")
+        log.info("this container was restored from a checkpoint")
 
     app.serve(functions, watch)
     log.info("serving %s on port %d", ", ".join(f"POST /{name}" for name in functions), options.port)

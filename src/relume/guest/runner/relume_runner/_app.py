@@ -77,7 +77,7 @@ class App:
 
     async def _call(self, request: Request) -> Response:
         if self._watch is not None and self._watch.check():
-            log.info("this container was restored from a checkpoint; random generators are reseeded")
+            log.info("this container was restored from a checkpoint")
         run = str(uuid.uuid4())
         run_id.set(run)
         name = request.path_params["function"]
