@@ -1,0 +1,183 @@
+"""What processes hold in the root file system of their container, as /proc tells it.
+
+Held is: open in any way, mapped, the working or root directory, the executable, the name of a bound unix
+socket, and what an inotify watch looks at. Only the container's root mount counts: what lies on a tmpfs
+(``/dev/shm`` among them) CRIU dumps whole, what lies on a bind mount is outside and stays there.
+
+Not seen: files whose only holder is a descriptor in flight in a unix socket (SCM_RIGHTS), and memory locks
+of the kernel that show no name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import fcntl
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from relume.linux import proc, syscall
+
+_PIDFD_GETFD = 438
+_SIOCUNIXFILE = 0x89E0  # unix(7): a descriptor of the file that a bound socket has
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Held:
+    """A path from the container's root, no slash in front ("" is the root); who holds it, and how.
+
+    ``deleted`` when the kernel says that the name is gone. ``locked`` when a record or file lock is on it.
+    """
+
+    path: str
+    pid: int
+    process: str
+    how: str
+    deleted: bool = False
+    locked: bool = False
+
+
+class Finder:
+    """One pass over some processes. ``rootfs`` is where the container's root is mounted out here."""
+
+    def __init__(self, rootfs: Path) -> None:
+        self._rootfs = rootfs
+        self._roots: dict[int, proc.Mount] = {}
+        self._sockets: dict[int, dict[int, str]] = {}
+        self._found: dict[tuple[str, str], Held] = {}
+
+    def find(self, pids: Iterable[int]) -> list[Held]:
+        """What they hold, each path once a way. A process that is gone, or a zombie, holds nothing."""
+        for pid in pids:
+            try:
+                self._process(pid)
+            except proc.GONE:
+                continue
+        return list(self._found.values())
+
+    def _process(self, pid: int) -> None:
+        status = proc.status(pid)
+        who = (status.inside, status.name)
+        space = proc.namespace(pid, "mnt")
+        if space not in self._roots:
+            self._roots[space] = proc.root_mount(pid)
+        root = self._roots[space]
+        for name, how in (("cwd", "working directory"), ("root", "root directory"), ("exe", "executable")):
+            if _mount_of(f"/proc/{pid}/{name}") == root.mnt_id:
+                self._add(proc.link(pid, name), who, how)
+        for fd, target in proc.descriptors(pid):
+            if target.startswith("/"):
+                self._file(pid, fd, target, who, root)
+            elif target.startswith("socket:["):
+                self._socket(pid, fd, int(target[8:-1]), who, root)
+            elif target == "anon_inode:inotify":
+                self._watches(proc.fdinfo(pid, fd), who, root)
+        for mapping in proc.mappings(pid):
+            self._mapping(pid, mapping, who, root)
+
+    def _file(self, pid: int, fd: int, target: str, who: tuple[int, str], root: proc.Mount) -> None:
+        known = self._found.get((target, "open"))
+        if known is not None and (known.locked or not target.endswith("-shm")):
+            return
+        info = proc.fdinfo(pid, fd)
+        if proc.mount_id(info) == root.mnt_id:
+            self._add(target, who, "open", locked="\nlock:" in info)
+
+    def _mapping(self, pid: int, mapping: proc.Mapping, who: tuple[int, str], root: proc.Mount) -> None:
+        if not mapping.path.startswith("/") or (mapping.path, "mapped") in self._found:
+            return
+        span = f"{mapping.start:x}-{mapping.end:x}"
+        if _mount_of(f"/proc/{pid}/map_files/{span}") == root.mnt_id:
+            self._add(mapping.path, who, "mapped")
+
+    def _socket(self, pid: int, fd: int, inode: int, who: tuple[int, str], root: proc.Mount) -> None:
+        space = proc.namespace(pid, "net")
+        if space not in self._sockets:
+            named = (socket for socket in proc.unix_sockets(pid) if socket.path and socket.path[0] != "@")
+            self._sockets[space] = {socket.inode: socket.path for socket in named}
+        # Connections that a listener accepted carry its name too; taking the name out does each once.
+        name = self._sockets[space].pop(inode, "")
+        if not name or (name.startswith("/") and (name, "bound socket") in self._found):
+            return
+        # The name is as given to bind(2): relative, or below a chroot. Only the socket's own file is sure.
+        process = os.pidfd_open(pid)
+        try:
+            socket = syscall.call(_PIDFD_GETFD, process, fd, 0, what=f"/proc/{pid}/fd/{fd}")
+        finally:
+            os.close(process)
+        try:
+            file = fcntl.ioctl(socket, _SIOCUNIXFILE)
+        except FileNotFoundError:
+            return
+        finally:
+            os.close(socket)
+        try:
+            if proc.mount_id(proc.fdinfo(os.getpid(), file)) == root.mnt_id:
+                self._add(proc.link(os.getpid(), f"fd/{file}"), who, "bound socket")
+        finally:
+            os.close(file)
+
+    def _watches(self, info: str, who: tuple[int, str], root: proc.Mount) -> None:
+        major, minor = (int(part) for part in root.device.split(":"))
+        device = major << 20 | minor  # the kernel's own form, which fdinfo prints
+        for line in info.splitlines():
+            if not line.startswith("inotify "):
+                continue
+            fields = dict(field.split(":", 1) for field in line.split()[1:] if ":" in field)
+            if int(fields["sdev"], 16) == device and (path := self._by_handle(fields)) is not None:
+                self._add(path, who, "watched")
+
+    def _by_handle(self, fields: dict[str, str]) -> str | None:
+        """The path inside of a watch's file handle (open_by_handle_at(2)); None if the handle is stale."""
+        handle = bytes.fromhex(fields["f_handle"])
+        packed = struct.pack("Ii", len(handle), int(fields["fhandle-type"], 16)) + handle
+        mount = os.open(self._rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            file = syscall.libc().open_by_handle_at(mount, ctypes.c_char_p(packed), os.O_PATH | os.O_CLOEXEC)
+        finally:
+            os.close(mount)
+        if file < 0:
+            return None
+        try:
+            path = proc.link(os.getpid(), f"fd/{file}")
+        finally:
+            os.close(file)
+        prefix = str(self._rootfs).rstrip("/")
+        return path[len(prefix) :] or "/" if path.startswith(prefix) else None
+
+    def _add(self, target: str, who: tuple[int, str], how: str, *, locked: bool = False) -> None:
+        deleted = target.endswith(proc.DELETED) and not os.path.lexists(f"{self._rootfs}{target}")
+        path = target.removesuffix(proc.DELETED) if deleted else target
+        self._found[target, how] = Held(path.strip("/"), who[0], who[1], how, deleted, locked)
+
+
+def _mount_of(path: str) -> int:
+    """The mount that what ``path`` leads to lies in; -1 when it leads nowhere."""
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    try:
+        return proc.mount_id(proc.fdinfo(os.getpid(), descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def sqlite_warnings(held: Sequence[Held]) -> list[str]:
+    """One line for each SQLite database in WAL mode that is open, which a restore makes unsafe to reopen.
+
+    SQLite knows its own locks by device and inode number, and a file laid into a fresh layer has others:
+    a connection opened after the restore does not see those of one opened before it in the same process,
+    takes itself for the last one at its close, and deletes the log that the other still writes.
+    """
+    mapped = {one.path for one in held if one.how == "mapped" and not one.deleted}
+    return [
+        f"{one.process} (pid {one.pid}) has the SQLite database /{one.path.removesuffix('-shm')} open in WAL"
+        " mode: in a restored copy a connection opened later in the same process does not see the locks of"
+        " those opened before, and commits can be lost. Close it before the request, or keep to the"
+        " connections opened before it."
+        for one in held
+        if one.how == "open" and one.locked and one.path.endswith("-shm") and one.path in mapped
+    ]

@@ -1,0 +1,223 @@
+"""The files of the writable layer that come along with a checkpoint.
+
+A restored copy starts with a fresh writable layer; files written before the checkpoint are not there. But
+what processes still hold must be, or CRIU cannot open it again ("Can't open file tmp/... on restore"), or
+opens it with another size. :func:`capture` copies it while everything is frozen, :func:`lay` puts the copy
+into a fresh layer, :func:`survey` says what was left behind.
+
+Guarantees: what a process held at the freeze is in the copy as it was at the freeze, with the directories
+above it, mode, times, extended attributes, holes, and owners as the container sees them (0-based).
+Not: device and inode numbers (see the warnings of :class:`HeldReport`), names that nobody held, and what
+CRIU keeps by itself: deleted files without any name ("ghosts"), and everything on a tmpfs of the container,
+``/dev/shm`` with its POSIX semaphores among them.
+
+How CRIU 4.2 treats each kind, which decides what must be copied (criu/files-reg.c, sk-unix.c, fsnotify.c):
+
+- open or mapped, name there: opened again by name, size and mode compared. Copied.
+- deleted, no name left: content in the images. Nothing copied but the whiteout that hides an older file.
+- deleted, another name left: CRIU makes a hard link ``link_remap.ID`` beside the old name for the time of the
+  dump, and wants it at the restore. Copied; that is why the copy is made in the ``post-dump`` action script.
+- bound unix socket: unlinked and bound again. Its directories must be there; the socket file is copied so
+  that it hides a file of a lower layer by that name (bind would answer EADDRINUSE).
+- inotify watch: set again by path, which must be there.
+
+Standard library only: the keeper runs this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from relume.engine._held_finder import Finder, Held, sqlite_warnings
+from relume.engine._held_tree import Copier, Tree, is_whiteout
+from relume.errors import Unsupported, Untrusted
+
+_ID_COUNT = 65536
+_NOBODY = 65534
+_LINK_REMAP = "link_remap."
+_NAMES_SHOWN = 10
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HeldReport:
+    """What :func:`capture` copied: ``files`` regular files, ``bytes`` of data in them (holes not counted).
+
+    ``warnings`` are sentences for the answer to the app: what was saved and will still not be right.
+    """
+
+    files: int
+    bytes: int
+    warnings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LeftBehind:
+    """Files of the writable layer that no copy will have. Caches (rebuilt when missing) are counted apart.
+
+    ``names`` are the first ten paths inside, those that are no caches before those that are.
+    """
+
+    count: int
+    bytes: int
+    cache_count: int
+    cache_bytes: int
+    names: tuple[str, ...]
+    hint: str = ""
+
+
+def capture(
+    pids: Sequence[int],
+    *,
+    upper: Path,
+    rootfs: Path,
+    dest: Path,
+    id_base: int,
+    limit_bytes: int,
+    everything: bool,
+) -> HeldReport:
+    """Copy what ``pids`` (host pids of all processes of one container, frozen) hold of ``upper`` to ``dest``.
+
+    ``upper`` is the upper directory of the overlay that is mounted on ``rootfs``; ``dest`` is an empty
+    directory. To be called between CRIU's dump and the thaw, while its ``link_remap.*`` names are there.
+    ``everything`` copies the whole layer, whiteouts and opaque directories included, so that ``dest`` can
+    serve as a lower layer; ``limit_bytes`` (per file, on disk) then does not apply.
+
+    Raises Unsupported, with culprits, for a held file over the limit; OSError when the disk is full.
+    """
+    held = Finder(rootfs).find(pids)
+    source = Tree(upper)
+
+    def shift(owner: int) -> int:
+        return owner - id_base if 0 <= owner - id_base < _ID_COUNT else _NOBODY  # as it looks inside
+
+    copier = Copier(source, dest, shift)
+    try:
+        copier.directory("")
+        for path in [path for path, _ in source.walk()] if everything else _names(source, held, limit_bytes):
+            status = source.stat(path)
+            if status is not None:
+                copier.entry(path, status)
+        copier.finish()
+    finally:
+        copier.close()
+        source.close()
+    return HeldReport(copier.files, copier.bytes, tuple(sqlite_warnings(held)))
+
+
+def lay(src: Path, upper: Path, *, id_base: int) -> None:
+    """Put the tree ``src`` (a ``dest`` of :func:`capture`) into ``upper``, owners shifted by ``id_base``.
+
+    ``upper`` must be an empty directory and no overlay mounted on it yet. It becomes the container's ``/``
+    with owner, mode and times from ``src``. Mount the overlay with ``index=off,nfs_export=off`` then: with
+    both on, the kernel shows a directory of the upper layer without what lies below it in the lower ones
+    unless it carries the mark that overlay itself set when copying it up.
+
+    Raises Untrusted for an owner outside the container's range.
+    """
+
+    def shift(owner: int) -> int:
+        if not 0 <= owner < _ID_COUNT:
+            raise Untrusted(f"a held file in {src} belongs to id {owner}, which no container has")
+        return owner + id_base
+
+    source = Tree(src)
+    copier = Copier(source, upper, shift)
+    try:
+        copier.directory("")
+        for path, status in source.walk():
+            copier.entry(path, status)
+        copier.finish()
+    finally:
+        copier.close()
+        source.close()
+
+
+def survey(upper: Path, dest: Path, *, id_base: int) -> LeftBehind:
+    """Which files of ``upper`` are not in ``dest``; to be called after the thaw, for it walks all of it.
+
+    Files that the app cannot have made (owners outside its range: the runtime's mount points) don't count.
+    """
+    counts, sizes = [0, 0], [0, 0]
+    names: tuple[list[str], list[str]] = ([], [])
+    layer, copy = Tree(upper), Tree(dest)
+    try:
+        for path, status in layer.walk():
+            copy.trim()
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
+                continue
+            if not 0 <= status.st_uid - id_base < _ID_COUNT or copy.stat(path) is not None:
+                continue
+            kind = _is_cache(path)
+            counts[kind] += 1
+            sizes[kind] += min(status.st_size, status.st_blocks * 512)
+            if len(names[kind]) < _NAMES_SHOWN:
+                names[kind].append(f"/{path}")
+    finally:
+        layer.close()
+        copy.close()
+    hint = (
+        'files written before the checkpoint are not in its copies; [relume.checkpoint] filesystem = "all"'
+        " saves them too"
+    )
+    return LeftBehind(
+        count=sum(counts),
+        bytes=sum(sizes),
+        cache_count=counts[1],
+        cache_bytes=sizes[1],
+        names=tuple((names[0] + names[1])[:_NAMES_SHOWN]),
+        hint=hint if counts[0] else "",
+    )
+
+
+def _names(source: Tree, held: Sequence[Held], limit_bytes: int) -> list[str]:
+    """The paths of the layer to copy. Directories above a held file come along where the layer has them."""
+    wanted: dict[str, os.stat_result] = {}
+    for one in held:
+        above = [one.path[:index] for index, letter in enumerate(one.path) if letter == "/"]
+        names = [*above, one.path, *(_link_remaps(source, above) if one.deleted else ())]
+        for name in names:
+            if name in wanted or (status := source.stat(name)) is None:
+                continue
+            if name == one.path and one.deleted and not is_whiteout(status):
+                continue  # another file took the name
+            if name == one.path and stat.S_ISREG(status.st_mode):
+                _check_size(one, status.st_blocks * 512, limit_bytes)
+            wanted[name] = status
+    linked = {
+        status.st_ino for status in wanted.values() if stat.S_ISREG(status.st_mode) and status.st_nlink > 1
+    }
+    if linked:  # a held file is held under all its names
+        wanted |= {path: status for path, status in source.walk() if status.st_ino in linked}
+    return list(wanted)
+
+
+def _link_remaps(source: Tree, above: Sequence[str]) -> list[str]:
+    """CRIU's temporary names: in the directory of the deleted name or, where that is gone, one above it."""
+    return [
+        f"{directory}/{name}" if directory else name
+        for directory in ("", *above)
+        if (status := source.stat(directory)) is not None and stat.S_ISDIR(status.st_mode)
+        for name in source.names(directory)
+        if name.startswith(_LINK_REMAP)
+    ]
+
+
+def _check_size(one: Held, size: int, limit: int) -> None:
+    if size <= limit:
+        return
+    what = f"holds /{one.path} ({one.how}) of {size} bytes in the writable layer; the limit is {limit} bytes"
+    hint = (
+        "close it before the request, keep it in /persistent-storage, or save the whole layer with"
+        ' [relume.checkpoint] filesystem = "all"'
+    )
+    culprit = {"pid": one.pid, "process": one.process, "what": what, "hint": hint}
+    raise Unsupported(f"{one.process} (pid {one.pid}) {what}", hint=hint, culprits=[culprit])
+
+
+def _is_cache(path: str) -> bool:
+    """Whether what lies there is made again when it is missing, going by the usual names."""
+    return path.endswith(".pyc") or any("cache" in part.lower() for part in path.split("/"))
