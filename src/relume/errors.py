@@ -130,6 +130,18 @@ class StoreError(RelumeError):
     code = "store"
 
 
+class ObjectMissing(StoreError):
+    """The store answers, and has no object of that name."""
+
+    code = "object_missing"
+
+
+class Superseded(StoreError):
+    """The lease under which this was made is gone, or a newer generation exists. Give up; the other one counts."""
+
+    code = "superseded"
+
+
 class Untrusted(StoreError):
     """A signature, hash, version, size or path in something read from outside is bad. Never a warning."""
 
@@ -143,3 +155,42 @@ class GpuError(RelumeError):
     """The CUDA driver refused or failed. ``code`` becomes ``gpu/...`` in answers."""
 
     code = "gpu"
+
+
+class GpuUnavailable(GpuError):
+    """No GPU, no driver, or no process that can talk to it."""
+
+    code = "gpu/unavailable"
+
+
+class GpuDriverTooOld(GpuError):
+    """The driver lacks the checkpoint functions, or cannot restore onto another GPU."""
+
+    code = "gpu/driver-too-old"
+
+
+class GpuUnsupported(GpuError):
+    """Something in use that the driver cannot save: managed memory, IPC, NCCL, MIG, MPS. Nothing was frozen."""
+
+    code = "gpu/unsupported"
+
+
+class GpuMemory(GpuError):
+    """Host and device memory together do not fit the container's limit. Nothing was frozen."""
+
+    code = "insufficient_memory"
+
+
+class GpuTimeout(GpuError):
+    """The driver did not answer in time: work that never ends, or a call that hangs."""
+
+    code = "gpu/timeout"
+
+
+class GpuLost(GpuError):
+    """Processes that cannot be brought back to running. The caller must kill the instance and boot it.
+
+    ``details["lost"]`` is a list of pid and reason.
+    """
+
+    code = "gpu/lost"
