@@ -112,9 +112,8 @@ def lay(src: Path, upper: Path, *, id_base: int) -> None:
     """Put the tree ``src`` (a ``dest`` of :func:`capture`) into ``upper``, owners shifted by ``id_base``.
 
     ``upper`` must be an empty directory and no overlay mounted on it yet. It becomes the container's ``/``
-    with owner, mode and times from ``src``. Mount the overlay with ``index=off,nfs_export=off`` then: with
-    both on, the kernel shows a directory of the upper layer without what lies below it in the lower ones
-    unless it carries the mark that overlay itself set when copying it up.
+    with owner, mode and times from ``src``. Any overlay options and any lower layers will do afterwards,
+    because nothing in the tree says which inodes it was once copied up from (see _held_tree.py).
 
     Raises Untrusted for an owner outside the container's range.
     """

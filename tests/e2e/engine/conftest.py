@@ -278,6 +278,7 @@ class Lab:
         held.lay(checkpoint.held, box.upper, id_base=id_base)
         box.mount(options)
         box.prepare(["/bin/true"])
+        edit.remap_ids(checkpoint.images, id_base=id_base)
         for image in checkpoint.images.iterdir():
             os.chown(image, id_base, id_base)
         os.chown(checkpoint.images, id_base, id_base)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from pathlib import Path
-
-import pytest
 
 from relume.engine import held
 
