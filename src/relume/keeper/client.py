@@ -111,8 +111,16 @@ class Keeper:
         """Dump; the result says whether it worked."""
         return dump_result(await self.ask("dump", job=dataclasses.asdict(job)))
 
+    async def dumped(self, dump_id: str) -> DumpResult:
+        """The result of a dump that was asked for earlier, once it is there."""
+        return dump_result(await self.ask("dumped", dump_id=dump_id))
+
     async def answer(self, request: int, status: int, body: Any) -> None:
         await self.ask("answer", request=request, status=status, body=body)
+
+    async def note(self, line: str) -> None:
+        """Write a line of relume's own into the instance's log."""
+        await self.ask("note", line=line)
 
     async def signal(self, number: int) -> None:
         await self.ask("signal", number=number)

@@ -117,11 +117,23 @@ class Instance:
         self.dump = result | {"running": False}
         return self.dump
 
+    async def dumped(self, dump_id: str) -> dict[str, Any]:
+        """The result of the last dump, which must have been ``dump_id``; waits for it if it is going on."""
+        async with self._frozen:
+            if self.dump is None or self.dump["dump_id"] != dump_id:
+                raise EngineError(f"no dump {dump_id} was made of {self._container.instance_id}")
+            return self.dump
+
     def answer(self, request: int, answer: Answer) -> None:
         """Answer a request of the app that waits; one that hung up meanwhile is no error."""
         future = self._requests.pop(request, None)
         if future is not None and not future.done():
             future.set_result(answer)
+
+    def note(self, line: str) -> None:
+        """Write a line of relume's own into the log."""
+        if self._log is not None:
+            self._log.write(line.encode() + b"\n", RELUME)
 
     def signal(self, number: int) -> None:
         """Send a signal to the container's init."""

@@ -77,8 +77,13 @@ class Server:
                 return await instance.restore(RestoreJob(**message["job"]))
             case "dump":
                 return await instance.make_dump(DumpJob(**message["job"]))
+            case "dumped":
+                return await instance.dumped(message["dump_id"])
             case "answer":
                 instance.answer(message["request"], Answer(message["status"], message["body"]))
+                return {}
+            case "note":
+                instance.note(message["line"])
                 return {}
             case "signal":
                 instance.signal(message["number"])

@@ -64,3 +64,14 @@ def boot_id() -> str:
 def _prctl(option: int, value: int) -> None:
     if syscall.libc().prctl(option, value, 0, 0, 0) != 0:
         raise syscall.error(f"prctl {option}")
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether ``pid`` has a handler for the signal (proc_pid_status(5), SigCgt)."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    except OSError:
+        pass
+    return False

@@ -1,0 +1,287 @@
+"""What happens on ``POST /checkpoint``, top to bottom.
+
+    ask -> skip? -> would it work? -> is there room? -> freeze, dump, thaw -> finish -> answer
+
+Guarantees: the app is never stopped longer than the dump takes, never at all where a look at /proc shows
+that the dump would fail, and always runs again, whatever fails; a checkpoint that is visible is whole and on
+disk; a failed one leaves no file behind. The answer is always 200 with a ``status``: the app's request must
+not be the thing that takes it down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from relume.checkpoint.platform import Platform, differences
+from relume.checkpoint.policy import Situation, skip
+from relume.checkpoint.shelf import Checkpoint, Intent, Shelf, size_of
+from relume.engine import criulog, edit, held, options, preflight
+from relume.engine.jobs import DumpJob, DumpResult
+from relume.errors import RelumeError, Unsupported
+from relume.images import integrity
+from relume.keeper.client import Keeper
+from relume.linux import cgroup
+
+log = logging.getLogger(__name__)
+
+_HEADROOM = 64 << 20
+"""Bytes to be left free on the disk after the dump, and of memory during it."""
+
+_SLOWEST_DISK = 50e6
+"""Bytes per second below which a dump is given up: the app stands still for as long as it takes."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Subject:
+    """The instance that asks. ``rootfs`` is its mounted overlay, ``upper`` the writable layer on disk."""
+
+    instance_id: str
+    app: str
+    build_id: str
+    keeper: Keeper
+    upper: Path
+    rootfs: Path
+    cgroup: str
+    id_base: int
+    checkpointing: bool
+    restored: bool
+    deferred: bool
+    loopback: str
+    filesystem: str
+    held_limit: int
+
+
+class Capturer:
+    """Makes the checkpoints of one node, one at a time for each build."""
+
+    def __init__(self, shelf: Shelf, platform: Platform) -> None:
+        self._shelf = shelf
+        self._platform = platform
+        self._in_progress: set[str] = set()
+
+    async def request(self, subject: Subject) -> dict[str, Any]:
+        """The body of the answer to one request."""
+        situation = Situation(
+            checkpointing=subject.checkpointing,
+            restored=subject.restored,
+            deferred=subject.deferred,
+            exists=self.usable(subject.build_id) is not None,
+            in_progress=subject.build_id in self._in_progress,
+        )
+        if (reason := skip(situation)) is not None:
+            existing = self.usable(subject.build_id)
+            return _answer(subject, "skipped", reason, checkpoint_id=existing and existing.checkpoint_id)
+        self._in_progress.add(subject.build_id)
+        try:
+            return await self._make(subject)
+        finally:
+            self._in_progress.discard(subject.build_id)
+
+    async def resume(self, subject: Subject, intent: Intent) -> dict[str, Any]:
+        """Finish what an earlier run of this node began: the keeper has the dump, or is still at it."""
+        self._in_progress.add(subject.build_id)
+        try:
+            result = await subject.keeper.dumped(intent.dump_id)
+            return await self._finish(subject, intent, result)
+        except (RelumeError, OSError) as error:
+            self._shelf.abandon(intent.dump_id)
+            return _answer(subject, "failed", "engine", message=str(error))
+        finally:
+            self._in_progress.discard(subject.build_id)
+
+    def usable(self, build_id: str) -> Checkpoint | None:
+        """The newest checkpoint of the build that fits this machine and is not quarantined."""
+        for checkpoint in reversed(self._shelf.of_build(build_id)):
+            fits = not differences(checkpoint.platform, self._platform)
+            if fits and not self._shelf.health(checkpoint.checkpoint_id).quarantined:
+                return checkpoint
+        return None
+
+    def why_not(self, build_id: str) -> str:
+        """Why the build has no usable checkpoint, in words."""
+        if build_id in self._in_progress:
+            return "its checkpoint is still being made"
+        checkpoints = self._shelf.of_build(build_id)
+        if not checkpoints:
+            return "no checkpoint of this build yet"
+        newest = checkpoints[-1]
+        health = self._shelf.health(newest.checkpoint_id)
+        if health.quarantined:
+            return f"checkpoint {newest.checkpoint_id} is quarantined: {health.reason}"
+        reasons = differences(newest.platform, self._platform)
+        return f"checkpoint {newest.checkpoint_id} does not fit this machine: {'; '.join(reasons)}"
+
+    # --- the story --------------------------------------------------------------------------------
+
+    async def _make(self, subject: Subject) -> dict[str, Any]:
+        looked = await asyncio.to_thread(self._look, subject)
+        if isinstance(looked, dict):
+            return looked
+        expected = looked
+        directory, intent = self._shelf.begin(
+            instance_id=subject.instance_id, app=subject.app, build_id=subject.build_id, now=time.time()
+        )
+        try:
+            result = await subject.keeper.dump(self._job(subject, intent, directory, expected))
+            return await self._finish(subject, intent, result)
+        except RelumeError as error:
+            self._shelf.abandon(intent.dump_id)
+            return _answer(subject, "failed", "engine", message=error.message)
+        except OSError as error:
+            self._shelf.abandon(intent.dump_id)
+            return _answer(
+                subject, "failed", "insufficient_disk" if error.errno == 28 else "engine", message=str(error)
+            )
+        except asyncio.CancelledError:
+            raise  # the node is going; the next one finishes it
+        except BaseException:
+            self._shelf.abandon(intent.dump_id)
+            raise
+
+    def _look(self, subject: Subject) -> dict[str, Any] | int:
+        """Before anything stops: the bytes to expect, or the answer that says why not."""
+        pids = cgroup.processes(subject.cgroup)
+        culprits = preflight.examine(pids, rootfs=subject.rootfs, upper=subject.upper)
+        if culprits:
+            return _unsupported(subject, [dataclasses.asdict(culprit) for culprit in culprits])
+        expected = preflight.estimate(pids).bytes
+        free = _free(self._shelf)
+        if expected + _HEADROOM > free:
+            return _answer(
+                subject,
+                "failed",
+                "insufficient_disk",
+                message=f"the dump needs about {expected} bytes, {free} are free",
+                needed_bytes=expected + _HEADROOM,
+                free_bytes=free,
+            )
+        available = _available_memory()
+        if available < _HEADROOM:
+            return _answer(
+                subject,
+                "failed",
+                "insufficient_memory",
+                message=f"{available} bytes of memory are available, the dump needs {_HEADROOM}",
+                needed_bytes=_HEADROOM,
+                free_bytes=available,
+            )
+        return expected
+
+    def _job(self, subject: Subject, intent: Intent, directory: Path, expected: int) -> DumpJob:
+        places = {name: directory / name for name in ("images", "work", "held")}
+        for place in places.values():
+            place.mkdir(mode=0o700)
+        script = Path(subject.keeper.container.runtime) / "post-dump"
+        return DumpJob(
+            dump_id=intent.dump_id,
+            images=str(places["images"]),
+            work=str(places["work"]),
+            held=str(places["held"]),
+            upper=str(subject.upper),
+            id_base=subject.id_base,
+            options=options.for_dump(loopback=subject.loopback, action_script=script),
+            held_limit=subject.held_limit,
+            everything=subject.filesystem == "all",
+            timeout=30 + expected / _SLOWEST_DISK,
+        )
+
+    async def _finish(self, subject: Subject, intent: Intent, result: DumpResult) -> dict[str, Any]:
+        """The app runs again. Make the images fit for copies, hash them, publish; or say why not."""
+        directory = self._shelf.making(intent.dump_id)
+        if result.error or result.culprits:
+            try:
+                return self._failed(subject, directory, result)
+            finally:
+                self._shelf.abandon(intent.dump_id)
+        checkpoint = await asyncio.to_thread(self._complete, subject, intent, result, directory)
+        await asyncio.to_thread(self._shelf.publish, intent.dump_id, checkpoint)
+        return _answer(
+            subject,
+            "created",
+            None,
+            checkpoint_id=checkpoint.checkpoint_id,
+            frozen_ms=round(checkpoint.frozen_s * 1000),
+            size_bytes=checkpoint.size_bytes,
+            seconds=round(time.time() - intent.started_at, 3),
+            left_behind=checkpoint.left_behind,
+            warnings=checkpoint.warnings,
+        )
+
+    def _complete(self, subject: Subject, intent: Intent, result: DumpResult, directory: Path) -> Checkpoint:
+        started = time.monotonic()
+        images = directory / "images"
+        edit.prepare_images(images, loopback=subject.loopback)
+        edited = time.monotonic()
+        integrity.record(images)
+        hashed = time.monotonic()
+        times = edit.read_stats(directory / "work")
+        shutil.rmtree(directory / "work")
+        left = held.survey(subject.upper, directory / "held", id_base=subject.id_base)
+        return Checkpoint(
+            checkpoint_id=f"cp-{intent.dump_id}",
+            app=subject.app,
+            build_id=subject.build_id,
+            instance_id=subject.instance_id,
+            platform=self._platform,
+            created_at=time.time(),
+            size_bytes=size_of(images) + size_of(directory / "held"),
+            frozen_s=times.frozen_s,
+            timings={
+                "freezing_s": times.freezing_s,
+                "frozen_s": times.frozen_s,
+                "memdump_s": times.memdump_s,
+                "memwrite_s": times.memwrite_s,
+                "held_files_s": result.copy_seconds,
+                "dump_s": result.seconds,
+                "edit_s": edited - started,
+                "hash_s": hashed - edited,
+            },
+            id_base=subject.id_base,
+            loopback=subject.loopback,
+            filesystem=subject.filesystem,
+            processes=[dataclasses.asdict(process) for process in edit.processes(images)],
+            left_behind=dataclasses.asdict(left),
+            warnings=list(result.held.get("warnings", ())),
+        )
+
+    def _failed(self, subject: Subject, directory: Path, result: DumpResult) -> dict[str, Any]:
+        if result.culprits:
+            return _unsupported(subject, result.culprits)
+        if result.app_gone:
+            return _answer(subject, "failed", "engine", message="the app ended during its checkpoint")
+        verdict = criulog.explain(directory / "work" / "dump.log")
+        log.warning("dump of %s failed: %s (%s)", subject.instance_id, result.error, verdict.reason)
+        if verdict.culprits:
+            return _unsupported(subject, [dataclasses.asdict(culprit) for culprit in verdict.culprits])
+        reason = "insufficient_disk" if _free(self._shelf) < _HEADROOM else "engine"
+        return _answer(subject, "failed", reason, message=verdict.reason or result.error)
+
+
+def _answer(subject: Subject, status: str, reason: str | None, **more: Any) -> dict[str, Any]:
+    base = {"status": status, "reason": reason, "checkpoint_id": None, "build_id": subject.build_id}
+    return base | {"instance_id": subject.instance_id} | more
+
+
+def _unsupported(subject: Subject, culprits: list[dict[str, Any]]) -> dict[str, Any]:
+    first = culprits[0]
+    who = f"{first.get('process', '?')} (pid {first.get('pid', '?')}): " if first.get("process") else ""
+    message = f"{who}{first['what']}"
+    return _answer(subject, "failed", Unsupported.code, message=message, unsupported=culprits)
+
+
+def _free(shelf: Shelf) -> int:
+    return shutil.disk_usage(shelf.root).free
+
+
+def _available_memory() -> int:
+    """MemAvailable of /proc/meminfo, in bytes."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0

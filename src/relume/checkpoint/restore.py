@@ -1,0 +1,96 @@
+"""How a copy begins, top to bottom: what a restore needs in place before runc and CRIU run.
+
+    check the small images -> lay held files -> (mount, bundle, keeper: the node's part, as at boot) -> the job
+
+Guarantees: nothing of a damaged checkpoint is handed to CRIU; the layer a copy gets is its own and fresh.
+The node starts the job, judges it by the app's readiness, and cleans up and boots cold when it fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+from pathlib import Path
+from typing import Any
+
+from relume.checkpoint.shelf import Checkpoint, Shelf
+from relume.engine import edit, held, options
+from relume.engine.jobs import RestoreJob
+from relume.images import integrity
+
+FIRST_LINE = "CEREBRIUM_RESTORED: container restored from checkpoint"
+"""The first line of a copy's log, to the letter of the documented interface."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Restoration:
+    """A checkpoint about to become a copy. ``runtime`` is the copy's directory under /run/relume.
+
+    ``verified`` is where it is remembered which blocks of the image were checked in this boot.
+    """
+
+    shelf: Shelf
+    checkpoint: Checkpoint
+    id_base: int
+    runtime: Path
+    verified: Path
+
+    @property
+    def images(self) -> Path:
+        """CRIU's images, as this copy needs them."""
+        own = self.runtime / "own-images"
+        return own if own.exists() else self._stored / "images"
+
+    @property
+    def _stored(self) -> Path:
+        return self.shelf.directory(self.checkpoint.checkpoint_id)
+
+    @property
+    def lower_layer(self) -> Path | None:
+        """The saved writable layer, where all of it was saved; it becomes the copy's topmost lower layer."""
+        return self._stored / "held" if self.checkpoint.filesystem == "all" else None
+
+    def verify(self, *, pages: bool) -> None:
+        """Check the images against their hashes: the small ones, and the pages too unless the pager will.
+
+        Raises Untrusted or ImageError, which means: this checkpoint is damaged.
+        """
+        verifier = integrity.Verifier(self._stored / "images", self.verified)
+        verifier.check_small()
+        if not pages:
+            return
+        for path in sorted((self._stored / "images").glob("pages-*.img")):
+            if path.stat().st_size == 0:
+                continue
+            checker = verifier.pages(path)
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+                view = memoryview(content)
+                try:
+                    checker.check(view, 0, len(view))
+                finally:
+                    view.release()
+                    checker.close()
+
+    def lay_files(self, upper: Path) -> None:
+        """Put the held files into ``upper``, before the overlay is mounted on it."""
+        if self.lower_layer is None:
+            held.lay(self._stored / "held", upper, id_base=self.id_base)
+
+    def fit_ids(self) -> None:
+        """Where the copy's id range is not the original's, give it images of its own that say so."""
+        if self.id_base != self.checkpoint.id_base:
+            edit.shift_ids(
+                self._stored / "images",
+                self.runtime / "own-images",
+                old=self.checkpoint.id_base,
+                new=self.id_base,
+            )
+
+    def job(self, *, images: Path, work: Path, pager: dict[str, Any] | None) -> RestoreJob:
+        """The engine's job; ``images`` is where the mapped root can read them."""
+        return RestoreJob(
+            images=str(images),
+            work=str(work),
+            options=options.for_restore(loopback=self.checkpoint.loopback),
+            pager=pager,
+        )

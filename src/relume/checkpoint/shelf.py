@@ -1,0 +1,215 @@
+"""The checkpoints of this node, as directories.
+
+``ROOT/CHECKPOINT_ID/`` holds ``images/`` (CRIU's), ``held/`` (files that come along), ``integrity.json``,
+``working-set`` once learned, and ``checkpoint.json`` (:class:`Checkpoint`). One in the making is
+``ROOT/.making-DUMP_ID/`` with ``intent.json``. A directory gets its final name by rename, after everything in
+it is on disk: what has a name is whole.
+
+Failures to restore and quarantine are in ``health.json`` beside it; losing that file costs a retry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from relume.checkpoint.platform import Platform
+from relume.errors import NotFound
+
+QUARANTINE_AFTER = 2
+"""Failed restores after which a checkpoint no longer counts as existing."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What is known of a finished checkpoint. Sizes are bytes, times seconds."""
+
+    checkpoint_id: str
+    app: str
+    build_id: str
+    instance_id: str
+    platform: Platform
+    created_at: float
+    size_bytes: int
+    frozen_s: float
+    timings: dict[str, float]
+    id_base: int
+    loopback: str
+    filesystem: str
+    processes: list[dict[str, Any]]
+    left_behind: dict[str, Any]
+    warnings: list[str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Intent:
+    """Who is making a checkpoint of what: written before the dump, read by a node that finds it unfinished."""
+
+    dump_id: str
+    instance_id: str
+    app: str
+    build_id: str
+    started_at: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Health:
+    """How restores of one checkpoint went on this node."""
+
+    failures: int = 0
+    quarantined: bool = False
+    reason: str = ""
+
+
+class Shelf:
+    """All checkpoints of one node."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def directory(self, checkpoint_id: str) -> Path:
+        """Where a finished checkpoint lies. Raises NotFound for a name that is none of ours."""
+        if not checkpoint_id.startswith("cp-") or "/" in checkpoint_id:
+            raise NotFound(f"no checkpoint {checkpoint_id!r}", hint="relume checkpoints ls shows them")
+        return self.root / checkpoint_id
+
+    # --- making -----------------------------------------------------------------------------------
+
+    def begin(self, *, instance_id: str, app: str, build_id: str, now: float) -> tuple[Path, Intent]:
+        """A fresh directory for a checkpoint in the making."""
+        intent = Intent(secrets.token_hex(6), instance_id, app, build_id, now)
+        directory = self.making(intent.dump_id)
+        directory.mkdir(mode=0o700)
+        (directory / "intent.json").write_text(json.dumps(dataclasses.asdict(intent)))
+        return directory, intent
+
+    def making(self, dump_id: str) -> Path:
+        return self.root / f".making-{dump_id}"
+
+    def unfinished(self) -> list[Intent]:
+        """The checkpoints in the making; a directory without a readable intent is removed."""
+        found = []
+        for directory in self.root.glob(".making-*"):
+            try:
+                found.append(Intent(**json.loads((directory / "intent.json").read_text())))
+            except (OSError, ValueError, TypeError):
+                shutil.rmtree(directory, ignore_errors=True)
+        return found
+
+    def abandon(self, dump_id: str) -> None:
+        """Leave nothing of a checkpoint that did not come to be."""
+        shutil.rmtree(self.making(dump_id), ignore_errors=True)
+
+    def publish(self, dump_id: str, checkpoint: Checkpoint) -> None:
+        """Make it visible: everything to disk, then the name. Raises OSError (then nothing is visible)."""
+        directory = self.making(dump_id)
+        (directory / "checkpoint.json").write_text(json.dumps(dataclasses.asdict(checkpoint)))
+        (directory / "intent.json").unlink()
+        _sync_tree(directory)
+        directory.rename(self.directory(checkpoint.checkpoint_id))
+        _sync(self.root)
+
+    # --- finding ----------------------------------------------------------------------------------
+
+    def load(self, checkpoint_id: str) -> Checkpoint:
+        """Raises NotFound when it is not there or not readable."""
+        try:
+            raw = json.loads((self.directory(checkpoint_id) / "checkpoint.json").read_text())
+            raw["platform"] = Platform.from_json(raw["platform"])
+            return Checkpoint(**raw)
+        except (OSError, ValueError, TypeError, KeyError):
+            raise NotFound(
+                f"no checkpoint {checkpoint_id}", hint="relume checkpoints ls shows them"
+            ) from None
+
+    def all(self) -> list[Checkpoint]:
+        """Every readable checkpoint, oldest first."""
+        found = []
+        for directory in self.root.glob("cp-*"):
+            try:
+                found.append(self.load(directory.name))
+            except NotFound:
+                continue
+        return sorted(found, key=lambda checkpoint: checkpoint.created_at)
+
+    def of_build(self, build_id: str) -> list[Checkpoint]:
+        return [checkpoint for checkpoint in self.all() if checkpoint.build_id == build_id]
+
+    # --- health -----------------------------------------------------------------------------------
+
+    def health(self, checkpoint_id: str) -> Health:
+        try:
+            return Health(**json.loads((self.directory(checkpoint_id) / "health.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return Health()
+
+    def restore_failed(self, checkpoint_id: str, reason: str, *, damaged: bool) -> Health:
+        """Count a failed restore; a damaged one is quarantined at once, others at the second time."""
+        before = self.health(checkpoint_id)
+        failures = before.failures + 1
+        health = Health(failures, damaged or failures >= QUARANTINE_AFTER, reason)
+        self._write_health(checkpoint_id, health)
+        return health
+
+    def restore_worked(self, checkpoint_id: str) -> None:
+        """Forget earlier failures."""
+        if self.health(checkpoint_id).failures:
+            self._write_health(checkpoint_id, Health())
+
+    def _write_health(self, checkpoint_id: str, health: Health) -> None:
+        path = self.directory(checkpoint_id) / "health.json"
+        try:
+            path.with_suffix(".tmp").write_text(json.dumps(dataclasses.asdict(health)))
+            path.with_suffix(".tmp").rename(path)
+        except OSError:
+            pass  # the checkpoint was removed meanwhile, or the disk is full
+
+    # --- removing ---------------------------------------------------------------------------------
+
+    def remove(self, checkpoint_id: str) -> None:
+        """Remove one; running copies of it keep what they have open. Raises NotFound."""
+        directory = self.directory(checkpoint_id)
+        grave = self.root / f".removing-{checkpoint_id}"
+        try:
+            directory.rename(grave)
+        except FileNotFoundError:
+            raise NotFound(
+                f"no checkpoint {checkpoint_id}", hint="relume checkpoints ls shows them"
+            ) from None
+        shutil.rmtree(grave, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Finish removals that a crash interrupted."""
+        for grave in self.root.glob(".removing-*"):
+            shutil.rmtree(grave, ignore_errors=True)
+
+
+def size_of(directory: Path) -> int:
+    """Bytes on disk of all files below ``directory`` (holes do not count)."""
+    total = 0
+    for parent, _, files in os.walk(directory):
+        total += sum(os.lstat(os.path.join(parent, name)).st_blocks * 512 for name in files)  # noqa: PTH118
+    return total
+
+
+def _sync_tree(directory: Path) -> None:
+    for parent, _, files in os.walk(directory):
+        for name in files:
+            path = Path(parent, name)
+            if path.is_file() and not path.is_symlink():
+                _sync(path)
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,173 @@
+"""userfaultfd(2): reading its messages, and the calls that put pages into another process's memory.
+
+Sources: userfaultfd(2), ioctl_userfaultfd(2), include/uapi/linux/userfaultfd.h, Documentation/admin-guide/mm/
+userfaultfd.rst. The calls leave the GIL: fcntl.ioctl copies the small argument and releases it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from typing import NamedTuple
+
+from relume.linux import syscall
+
+UFFD_USER_MODE_ONLY = 1
+FEATURE_EVENT_FORK = 1 << 1
+FEATURE_EVENT_REMAP = 1 << 2
+FEATURE_EVENT_REMOVE = 1 << 3
+FEATURE_EVENT_UNMAP = 1 << 6
+
+_API = 0xAA
+_NR_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
+
+_RANGE = struct.Struct("=QQ")
+_REGISTER = struct.Struct("=QQQQ")
+_API_ARGUMENT = struct.Struct("=QQQ")
+_COPY = struct.Struct("=QQQQq")
+_ZERO = struct.Struct("=QQQq")
+_MESSAGE = struct.Struct("=BxHxxxxQQQ")
+"""event, 7 reserved bytes, three words whose meaning depends on the event: 32 bytes."""
+
+_READ, _WRITE = 2, 1
+
+
+def _request(direction: int, number: int, size: int) -> int:
+    return direction << 30 | size << 16 | 0xAA << 8 | number
+
+
+_UFFDIO_API = _request(_READ | _WRITE, 0x3F, _API_ARGUMENT.size)
+_UFFDIO_REGISTER = _request(_READ | _WRITE, 0x00, _REGISTER.size)
+_UFFDIO_WAKE = _request(_READ, 0x02, _RANGE.size)
+_UFFDIO_COPY = _request(_READ | _WRITE, 0x03, _COPY.size)
+_UFFDIO_ZEROPAGE = _request(_READ | _WRITE, 0x04, _ZERO.size)
+
+
+class Fault(NamedTuple):
+    """A thread waits for the page at ``address`` (page-aligned by the kernel unless asked otherwise)."""
+
+    address: int
+
+
+class Fork(NamedTuple):
+    """The process forked; ``descriptor`` is the child's userfaultfd, already open here."""
+
+    descriptor: int
+
+
+class Remap(NamedTuple):
+    """mremap(2) moved ``length`` bytes from ``source`` to ``destination``."""
+
+    source: int
+    destination: int
+    length: int
+
+
+class Remove(NamedTuple):
+    """madvise(2) gave up the contents of [start, end): MADV_DONTNEED, MADV_FREE, MADV_REMOVE. Still mapped."""
+
+    start: int
+    end: int
+
+
+class Unmap(NamedTuple):
+    """[start, end) is no longer mapped: munmap(2), or something else was mapped over it."""
+
+    start: int
+    end: int
+
+
+Message = Fault | Fork | Remap | Remove | Unmap
+
+
+def open_userfaultfd(features: int, *, user_mode_only: bool = False) -> int:
+    """A new userfaultfd for the calling process, non-blocking, close-on-exec, with ``features`` agreed.
+
+    Raises OSError: EPERM without privilege and vm.unprivileged_userfaultfd=0, unless ``user_mode_only``
+    (which then answers faults of user code only); EINVAL for a feature the kernel lacks.
+    """
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | (UFFD_USER_MODE_ONLY if user_mode_only else 0)
+    descriptor = syscall.call(_NR_USERFAULTFD[os.uname().machine], flags, what="userfaultfd")
+    try:
+        fcntl.ioctl(descriptor, _UFFDIO_API, bytearray(_API_ARGUMENT.pack(_API, features, 0)), True)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def register(descriptor: int, start: int, length: int) -> None:
+    """Faults on missing pages of the range come to ``descriptor`` from now on. Raises OSError."""
+    fcntl.ioctl(descriptor, _UFFDIO_REGISTER, bytearray(_REGISTER.pack(start, length, 1, 0)), True)
+
+
+def read(descriptor: int, limit: int = 64) -> list[Message]:
+    """What is queued, at most ``limit`` messages, without waiting; empty when there is nothing.
+
+    The kernel hands out faults before all else, then the other events in order. The thread that caused an
+    event other than a fault goes on once its message was read. Raises OSError.
+    """
+    try:
+        data = os.read(descriptor, limit * _MESSAGE.size)
+    except BlockingIOError:
+        return []
+    return [_message(*fields) for fields in _MESSAGE.iter_unpack(data)]
+
+
+def copy(descriptor: int, destination: int, source: int, length: int) -> tuple[int, int]:
+    """Puts a copy of ``length`` bytes at our address ``source`` there at ``destination``, and wakes who waits.
+
+    Returns (bytes copied, errno). A partial copy counts as copied with errno 0: to learn why it stopped,
+    ask for the rest. errno, when nothing was copied: EEXIST (a page is there), ENOENT (no mapping
+    registered there, or the range spans two), EAGAIN (the layout is changing: an event is or will be
+    queued), ESRCH (the process is gone), ENOMEM, EFAULT (the source cannot be read), ENOSPC.
+    """
+    argument = bytearray(_COPY.pack(destination, source, length, 0, 0))
+    try:
+        fcntl.ioctl(descriptor, _UFFDIO_COPY, argument, True)
+    except OSError as error:
+        done = _COPY.unpack(argument)[4]
+        # EAGAIN with a count is a copy that stopped midway. The count stays 0 or negative otherwise.
+        return (done, 0) if error.errno == errno.EAGAIN and done > 0 else (0, error.errno or errno.EIO)
+    return length, 0
+
+
+def zero(descriptor: int, start: int, length: int) -> tuple[int, int]:
+    """Puts pages that read as zeros there. Result and errors as of :func:`copy`."""
+    argument = bytearray(_ZERO.pack(start, length, 0, 0))
+    try:
+        fcntl.ioctl(descriptor, _UFFDIO_ZEROPAGE, argument, True)
+    except OSError as error:
+        done = _ZERO.unpack(argument)[3]
+        return (done, 0) if error.errno == errno.EAGAIN and done > 0 else (0, error.errno or errno.EIO)
+    return length, 0
+
+
+def wake(descriptor: int, start: int, length: int) -> None:
+    """Lets threads that wait for a page of the range look again. Raises OSError."""
+    fcntl.ioctl(descriptor, _UFFDIO_WAKE, bytearray(_RANGE.pack(start, length)), True)
+
+
+def alive(descriptor: int) -> bool:
+    """Whether the memory that ``descriptor`` stands for still exists (the process neither ended nor exec'd).
+
+    Asks for a copy to page 0, where nothing is ever registered: ENOENT from a living one, ESRCH after.
+    """
+    return copy(descriptor, 0, 0, 4096)[1] != errno.ESRCH
+
+
+def _message(event: int, _reserved: int, first: int, second: int, third: int) -> Message:
+    match event:
+        case 0x12:  # arg.pagefault: flags, address
+            return Fault(second)
+        case 0x13:  # arg.fork.ufd, 32 bits
+            return Fork(first & 0xFFFFFFFF)
+        case 0x14:  # arg.remap: from, to, len
+            return Remap(first, second, third)
+        case 0x15:  # arg.remove: start, end
+            return Remove(first, second)
+        case 0x16:
+            return Unmap(first, second)
+    raise OSError(errno.EPROTO, f"userfaultfd event {event:#x} was not asked for")

@@ -1,0 +1,311 @@
+"""The node: puts the rooms together, takes over what an earlier run left, and offers the verbs of the API."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from relume.build import Build, Builder
+from relume.checkpoint import platform
+from relume.checkpoint.capture import Capturer
+from relume.checkpoint.shelf import Checkpoint, Shelf
+from relume.config import NodeConfig, load_app
+from relume.engine.network import pasta
+from relume.errors import BadRequest, NotFound
+from relume.images import integrity
+from relume.node import machine
+from relume.node.ground import Ground
+from relume.node.lifecycle import Lifecycle, Started
+from relume.node.places import Places
+from relume.node.secrets import Secrets
+from relume.node.spares import Spares
+from relume.node.state import State
+from relume.runc import Runc, find_criu, find_runc
+
+log = logging.getLogger(__name__)
+
+_APP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+class Node:
+    """One running node. ``open`` before anything else, ``close`` at the end; instances outlive both."""
+
+    def __init__(self, config: NodeConfig, state: Path) -> None:
+        self._config = config
+        self._state = State(state)
+        self.places = Places(state, self._state.node_id())
+        self._runc = Runc(find_runc(), self.places.runc_root, find_criu())
+        self.pages_lazily = machine.prepare(self.places, allow_userfaultfd=config.node.allow_userfaultfd)
+        self.platform = platform.here(
+            criu=machine.program_version(find_criu(), "--version"),
+            runc=machine.program_version(find_runc(), "--version"),
+        )
+        self._shelf = Shelf(state / "checkpoints")
+        self._builder = Builder(state / "builds")
+        self._ground = Ground(self.places, self._runc)
+        self._spares = Spares(self.places, self._ground, self._runc, outgoing=pasta() is not None)
+        self._capturer = Capturer(self._shelf, self.platform)
+        self.lifecycle = Lifecycle(
+            self.places,
+            self._state,
+            self._shelf,
+            self._capturer,
+            self._ground,
+            self._spares,
+            log_limit=config.node.max_log_bytes,
+        )
+
+    async def open(self) -> None:
+        """Take over running instances, take away what a crash left, get ready."""
+        self._shelf.sweep()
+        self._builder.clean()
+        await self._adopt()
+        self._sweep()
+        self._spares.refill()
+
+    async def _adopt(self) -> None:
+        for row in self._state.instances():
+            if row["ended_at"] is not None:
+                continue
+            try:
+                adopted = await self.lifecycle.adopt(row, self._builder.load(row["build_id"]))
+            except NotFound:
+                adopted = False
+            if adopted:
+                log.info("adopted %s of %s", row["instance_id"], row["app"])
+            else:
+                self._state.end_instance(
+                    row["instance_id"], "exited" if row["state"] == "ready" else "failed"
+                )
+
+    def _sweep(self) -> None:
+        """Remove what belongs to no living instance, below this node's own directories only."""
+        living = self.lifecycle.instances
+        for root in (self.places.runtime, self.places.state / "instances"):
+            for directory in root.glob("i-*"):
+                if directory.name not in living:
+                    self._ground.clear(self.places.instance(directory.name), directory.name)
+        for intent in self._shelf.unfinished():
+            if intent.instance_id not in living:
+                self._shelf.abandon(intent.dump_id)
+
+    async def close(self) -> None:
+        """Let go; what runs, runs on."""
+        await self.lifecycle.close()
+        await self._spares.close()
+        self._ground.close()
+        if not self.lifecycle.instances:
+            machine.tidy(self.places)
+        self._state.close()
+
+    # --- verbs ------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "node_id": self.places.node_id,
+            "state": str(self.places.state),
+            "instances": len(self.lifecycle.instances),
+            "apps": len(self._state.apps()),
+            "checkpoints": len(self._shelf.all()),
+            "platform": self.platform.key,
+            "kernel": self.platform.kernel,
+            "criu": self.platform.criu,
+            "runc": self.platform.runc,
+            "paging": self.pages_lazily,
+        }
+
+    async def deploy(
+        self,
+        directory: Path,
+        *,
+        config_file: Path | None,
+        name: str | None,
+        fresh: bool,
+        progress: Callable[[str], None],
+    ) -> Build:
+        """Build the app in ``directory`` and make it what ``start`` starts."""
+        config = load_app(directory, config_file=config_file, name=name)
+        config.require_deployable()
+        _check_name(config.name)
+        build = await self._builder.build(directory, config, fresh=fresh, progress=progress)
+        self._state.ensure_app(build.app)
+        self._state.set_build(build.app, build.build_id, str(directory))
+        return build
+
+    async def start(self, app: str, *, restore: bool, environment: Mapping[str, str]) -> Started:
+        return await self.lifecycle.start(
+            self._build_of(app), restore_wanted=restore, environment=environment
+        )
+
+    def explain_start(self, app: str) -> dict[str, Any]:
+        """What a start would do, and why."""
+        build = self._build_of(app)
+        reason, checkpoint = self.lifecycle.choose(build, restore_wanted=True)
+        return {
+            "app": app,
+            "build_id": build.build_id,
+            "would_restore": checkpoint is not None,
+            "checkpoint_id": checkpoint.checkpoint_id if checkpoint else None,
+            "reason": reason,
+        }
+
+    def _build_of(self, app: str) -> Build:
+        _check_name(app)
+        build_id = self._state.app(app).build_id
+        if build_id is None:
+            raise NotFound(f"app {app!r} has no finished build", hint="relume deploy")
+        return self._builder.load(build_id)
+
+    async def stop(self, target: str) -> list[str]:
+        """Stop an instance, or every instance of an app; returns their ids."""
+        if target not in self.lifecycle.instances:
+            self._known(target)
+        try:
+            instances = self.lifecycle.find(target)
+        except NotFound:
+            return []  # known, and not running: what was asked for is so
+        await asyncio.gather(*(self.lifecycle.stop(instance) for instance in instances))
+        return [instance.instance_id for instance in instances]
+
+    def _known(self, target: str) -> None:
+        if not any(target in (row["instance_id"], row["app"]) for row in self._state.instances()):
+            self._state.app(target)
+
+    def instances(self) -> list[dict[str, Any]]:
+        """``ps``: what lives, and what ended lately."""
+        living = self.lifecycle.instances
+        rows = []
+        for row in self._state.instances():
+            if row["instance_id"] in living:
+                rows.append(living[row["instance_id"]].listing())
+            else:
+                rows.append(
+                    {
+                        "instance_id": row["instance_id"],
+                        "app": row["app"],
+                        "build_id": row["build_id"],
+                        "state": row["state"],
+                        "restored": row["facts"]["restored"],
+                        "checkpoint_id": row["facts"]["checkpoint_id"],
+                        "url": None,
+                        "memory_bytes": 0,
+                        "started_at": row["started_at"],
+                        "exit_code": None,
+                    }
+                )
+        return rows
+
+    def apps(self) -> list[dict[str, Any]]:
+        living = self.lifecycle.instances.values()
+        return [
+            {
+                "app": app.name,
+                "build_id": app.build_id,
+                "directory": app.directory,
+                "instances": sum(instance.build.app == app.name for instance in living),
+                "created_at": app.created_at,
+            }
+            for app in self._state.apps()
+        ]
+
+    async def remove_app(self, name: str) -> None:
+        """Stop and remove everything of an app: instances, checkpoints, builds, secrets, its kept folder stays."""
+        self._state.app(name)
+        await self.stop(name)
+        for checkpoint in self._shelf.all():
+            if checkpoint.app == name:
+                self._shelf.remove(checkpoint.checkpoint_id)
+        for build in self._builder.builds():
+            if build.app == name:
+                self._builder.remove(build.build_id)
+        Secrets(self.places.secrets(name)).clear()
+        self.lifecycle.prune(name, 0)
+        self._state.remove_app(name)
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[dict[str, Any]]:
+        """``checkpoints ls``: finished ones and those in the making."""
+        rows = [self._checkpoint_row(checkpoint) for checkpoint in self._shelf.all()]
+        rows += [
+            {
+                "checkpoint_id": f"cp-{intent.dump_id}",
+                "app": intent.app,
+                "build_id": intent.build_id,
+                "state": "creating",
+                "where": [],
+                "size_bytes": 0,
+                "created_at": intent.started_at,
+            }
+            for intent in self._shelf.unfinished()
+        ]
+        return rows
+
+    def _checkpoint_row(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        health = self._shelf.health(checkpoint.checkpoint_id)
+        return {
+            "checkpoint_id": checkpoint.checkpoint_id,
+            "app": checkpoint.app,
+            "build_id": checkpoint.build_id,
+            "state": "quarantined" if health.quarantined else "ready",
+            "where": ["local"],
+            "size_bytes": checkpoint.size_bytes,
+            "created_at": checkpoint.created_at,
+        }
+
+    def checkpoint(self, checkpoint_id: str) -> dict[str, Any]:
+        """``checkpoints inspect``."""
+        checkpoint = self._shelf.load(checkpoint_id)
+        health = self._shelf.health(checkpoint_id)
+        reasons = platform.differences(checkpoint.platform, self.platform)
+        if health.quarantined:
+            reasons.append(f"quarantined: {health.reason}")
+        return self._checkpoint_row(checkpoint) | {
+            "instance_id": checkpoint.instance_id,
+            "frozen_ms": round(checkpoint.frozen_s * 1000),
+            "timings": checkpoint.timings,
+            "processes": checkpoint.processes,
+            "left_behind": checkpoint.left_behind,
+            "warnings": checkpoint.warnings,
+            "loopback": checkpoint.loopback,
+            "filesystem": checkpoint.filesystem,
+            "platform": {
+                "key": checkpoint.platform.key,
+                "arch": checkpoint.platform.arch,
+                "kernel": checkpoint.platform.kernel,
+                "criu": checkpoint.platform.criu,
+                "runc": checkpoint.platform.runc,
+                "cpu": list(checkpoint.platform.cpu),
+            },
+            "failures": health.failures,
+            "would_be_used": not reasons,
+            "why_not": reasons,
+        }
+
+    def verify_checkpoint(self, checkpoint_id: str) -> dict[str, Any]:
+        """Read every byte and compare it with what was written. Raises Untrusted or ImageError."""
+        self._shelf.load(checkpoint_id)
+        integrity.verify(self._shelf.directory(checkpoint_id) / "images")
+        return {"checkpoint_id": checkpoint_id, "ok": True}
+
+    def remove_checkpoint(self, checkpoint_id: str) -> None:
+        self._shelf.remove(checkpoint_id)
+
+    # --- secrets ----------------------------------------------------------------------------------
+
+    def secrets(self, app: str) -> Secrets:
+        """The secrets of an app; it need not be deployed yet."""
+        _check_name(app)
+        return Secrets(self.places.secrets(app))
+
+
+def _check_name(name: str) -> None:
+    if not _APP_NAME.fullmatch(name):
+        raise BadRequest(
+            f"{name!r} is not a name for an app",
+            hint="letters, digits, dots, dashes and underscores, 63 at most, a letter or digit first",
+        )

@@ -1,0 +1,158 @@
+"""The ground an instance stands on: directories, id-mapped layers, overlay, bundle. Made and taken away here.
+
+Everything lies below the instance's two directories, so that taking it away needs no memory of what was made:
+a node that finds a stranger's leftovers under its own runtime directory removes them the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from relume.build import Build
+from relume.engine import options
+from relume.linux import cgroup, mounts
+from relume.node.places import InstancePlaces, Places
+from relume.node.settings import Settings
+from relume.runc import Mount, Runc, Spec
+from relume.sidecar import ADDRESS
+
+_HOSTS = "127.0.0.1\tlocalhost {name}\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+_RESOLVERS = (Path("/run/systemd/resolve/resolv.conf"), Path("/etc/resolv.conf"))
+
+
+class Ground:
+    """Makes the ground for instances of one node."""
+
+    def __init__(self, places: Places, runc: Runc) -> None:
+        self._places = places
+        self._runc = runc
+        self._namespaces: dict[int, int] = {}
+
+    def prepare(self, places: InstancePlaces) -> None:
+        """The empty directories of a spare instance."""
+        for directory in (places.runtime, places.rootfs, places.images, places.runtime / "persistent"):
+            directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+            directory.chmod(0o711)
+        places.bundle.mkdir(mode=0o700, exist_ok=True)
+        for directory in (places.kept, places.criu_work):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for directory in (places.upper, places.work):
+            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+
+    def lay(
+        self, places: InstancePlaces, build: Build, *, id_base: int, top: Path | None, copy: bool
+    ) -> None:
+        """Mount the build's layers (and ``top``, a saved writable layer) under a fresh writable one.
+
+        ``copy``: held files are in the writable layer already. Then overlay must not ask for the marks it
+        makes itself when copying up (index, nfs_export); without them an inotify watch cannot be dumped, but
+        a copy never is.
+        """
+        namespace = self._namespace(id_base)
+        lowers = []
+        for number, path in enumerate([*(layer.path for layer in build.layers), *([top] if top else [])]):
+            target = places.runtime / "layers" / str(number)
+            target.mkdir(mode=0o711, parents=True)
+            mounts.bind_idmapped(path, target, namespace, readonly=True)
+            lowers.append(target)
+        if not copy:
+            os.chown(places.upper, id_base, id_base)
+        handles = "index=off,nfs_export=off" if copy else "index=on,nfs_export=on"
+        mounts.overlay(lowers, places.upper, places.work, places.rootfs, options=handles)
+
+    def show_images(self, places: InstancePlaces, images: Path, *, id_base: int) -> None:
+        """Make ``images`` readable for the mapped root, read-only, at the instance's ``images``."""
+        mounts.bind_idmapped(images, places.images, self._namespace(id_base), readonly=True)
+
+    def bundle(
+        self,
+        places: InstancePlaces,
+        build: Build,
+        settings: Settings,
+        *,
+        id_base: int,
+        environment: Mapping[str, str],
+    ) -> None:
+        """Write ``config.json`` and the files it mounts."""
+        persistent = places.runtime / "persistent"
+        kept = self._places.persistent(build.app)
+        kept.mkdir(mode=0o755, parents=True, exist_ok=True)
+        mounts.bind_idmapped(kept, persistent, self._namespace(id_base), readonly=False)
+        uid, _, gid = build.user.partition(":")
+        spec = Spec(
+            rootfs=places.rootfs,
+            argv=build.argv,
+            env=environment,
+            cwd=build.cwd,
+            hostname=build.app,
+            cgroup=places.cgroup,
+            id_base=id_base,
+            uid=int(uid or 0),
+            gid=int(gid or 0),
+            mounts=(
+                Mount("/persistent-storage", str(persistent)),
+                self._file(places, "/etc/hosts", _HOSTS.format(name=build.app)),
+                self._file(places, "/etc/hostname", f"{build.app}\n"),
+                self._file(places, "/etc/resolv.conf", _resolv_conf()),
+            ),
+            limits=settings.limits,
+            create_runtime=(str(places.runtime / "hook"),),
+            annotations={options.ANNOTATION: str(places.runtime / "criu.conf")},
+        )
+        config = places.bundle / "config.json"
+        config.touch(mode=0o600)
+        config.write_text(json.dumps(spec.as_dict()))
+
+    def _file(self, places: InstancePlaces, inside: str, content: str) -> Mount:
+        path = places.runtime / Path(inside).name
+        path.write_text(content)
+        path.chmod(0o644)
+        return Mount(inside, str(path), options=("bind", "ro", "nosuid", "nodev"))
+
+    def clear(self, places: InstancePlaces, instance_id: str) -> None:
+        """Take it all away: container, processes, cgroup, mounts, directories; the log stays."""
+        subprocess.run(
+            self._runc.argv("delete", "--force", instance_id),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+        cgroup.kill(places.cgroup)
+        cgroup.remove(places.cgroup)
+        mounts.unmount_all(places.runtime)
+        shutil.rmtree(places.runtime, ignore_errors=True)
+        shutil.rmtree(places.kept / "layer", ignore_errors=True)
+
+    def close(self) -> None:
+        for descriptor in self._namespaces.values():
+            os.close(descriptor)
+
+    def _namespace(self, id_base: int) -> int:
+        if id_base not in self._namespaces:
+            self._namespaces[id_base] = mounts.user_namespace(id_base)
+        return self._namespaces[id_base]
+
+
+def _resolv_conf() -> str:
+    """The host's, without resolvers that only the host can reach and without the sidecar's address."""
+    for path in _RESOLVERS:
+        try:
+            lines = path.read_text().splitlines()
+        except OSError:
+            continue
+        kept = [line for line in lines if not _useless(line)]
+        if any(line.startswith("nameserver") for line in kept):
+            return "".join(f"{line}\n" for line in kept)
+    return ""
+
+
+def _useless(line: str) -> bool:
+    words = line.split()
+    return words[:1] == ["nameserver"] and (
+        len(words) < 2 or words[1].startswith("127.") or words[1] in ("::1", ADDRESS)
+    )

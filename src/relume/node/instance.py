@@ -1,0 +1,109 @@
+"""One instance as the node sees it: who it is, how it is, and what its keeper tells."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from typing import Any, Literal
+
+from relume.build import Build
+from relume.errors import StartFailed
+from relume.keeper.client import Keeper
+from relume.linux import cgroup
+from relume.node.places import InstancePlaces
+from relume.node.settings import Settings
+
+InstanceState = Literal["starting", "ready", "stopping", "exited", "failed", "prepared"]
+
+_LAST_WORDS = 4096
+
+
+@dataclasses.dataclass(slots=True)
+class Instance:
+    """A living instance. ``deferred``: booted because a restore failed, so it makes no checkpoint."""
+
+    instance_id: str
+    build: Build
+    settings: Settings
+    places: InstancePlaces
+    keeper: Keeper
+    id_base: int
+    restored: bool
+    checkpoint_id: str | None
+    deferred: bool = False
+    maker: bool = False
+    """Started by the node only to make a checkpoint."""
+    state: InstanceState = "starting"
+    port: int = 0
+    started_at: float = dataclasses.field(default_factory=time.time)
+    exit_code: int | None = None
+    ready: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    ended: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    timeline: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def facts(self) -> dict[str, Any]:
+        """What a restarted node needs to adopt it; no secrets."""
+        return {
+            "id_base": self.id_base,
+            "restored": self.restored,
+            "checkpoint_id": self.checkpoint_id,
+            "deferred": self.deferred,
+            "maker": self.maker,
+            "port": self.port,
+            "container": dataclasses.asdict(self.keeper.container),
+        }
+
+    def listing(self) -> dict[str, Any]:
+        """Its row in ``ps``."""
+        return {
+            "instance_id": self.instance_id,
+            "app": self.build.app,
+            "build_id": self.build.build_id,
+            "state": self.state,
+            "restored": self.restored,
+            "checkpoint_id": self.checkpoint_id,
+            "url": self.url,
+            "memory_bytes": cgroup.memory(self.places.cgroup)[0],
+            "started_at": self.started_at,
+            "exit_code": self.exit_code,
+        }
+
+    def last_words(self) -> str:
+        """The end of its log."""
+        try:
+            with self.places.log.open("rb") as file:
+                file.seek(max(0, self.places.log.stat().st_size - _LAST_WORDS))
+                return file.read().decode(errors="replace")
+        except OSError:
+            return ""
+
+    async def until_ready(self, patience: float) -> None:
+        """Return when it is ready. Raises StartFailed when it ends first or takes over ``patience`` seconds."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.ready, self.ended, self.keeper.lost)]
+        try:
+            await asyncio.wait(waits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self.ready.is_set():
+            return
+        words = self.last_words()
+        if self.ended.is_set():
+            raise StartFailed(
+                f"{self.build.app} ended with status {self.exit_code} before it was ready",
+                hint=f"its log: relume logs {self.instance_id}",
+                exit_code=self.exit_code,
+                log=words,
+            )
+        check = f"GET {self.settings.readycheck}" if self.settings.readycheck else "a connection"
+        raise StartFailed(
+            f"{self.build.app} did not answer {check} on port {self.build.port} within {patience:.0f} s",
+            hint=f"its log: relume logs {self.instance_id}; "
+            "[cerebrium.deployment] deployment_initialization_timeout gives it longer",
+            log=words,
+        )

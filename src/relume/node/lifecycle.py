@@ -1,0 +1,566 @@
+"""How instances come and go. ``start`` is the story to read:
+
+    is there a usable checkpoint?  yes -> restore it; if that fails, say why, take everything away and
+                                   no  -> boot, cold
+
+Guarantees: a failed restore costs the caller time, never the start; an instance that is returned is ready; one
+that is gone has left its log and nothing else. Nobody waits for a new checkpoint after a failed restore: a
+replacement is made from an extra instance in the background, at most twice for a build.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import shutil
+import signal
+import time
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+from relume.build import Build
+from relume.checkpoint import restore
+from relume.checkpoint.capture import Capturer, Subject
+from relume.checkpoint.shelf import Checkpoint, Shelf
+from relume.engine import criulog
+from relume.engine.jobs import Container
+from relume.errors import BuildError, EngineError, ImageError, NotFound, RelumeError, StartFailed, Untrusted
+from relume.keeper.client import Keeper
+from relume.keeper.instance import Assignment
+from relume.linux import process
+from relume.node.ground import Ground
+from relume.node.instance import Instance
+from relume.node.places import Places
+from relume.node.secrets import Secrets
+from relume.node.settings import Settings
+from relume.node.spares import Spares
+from relume.node.state import State
+from relume.sidecar import ADDRESS
+
+log = logging.getLogger(__name__)
+
+_RESTORE_PATIENCE = 60.0
+"""Seconds for a copy to become ready; it was ready, or on its way, when it was saved."""
+
+_STOP_PATIENCE = 10.0
+"""Seconds between SIGTERM and SIGKILL for a process that handles SIGTERM."""
+
+_REMAKES = 2
+_KEEP_ENDED = 10
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Started:
+    """What ``start`` answers. ``reason`` says why it was not restored; None when it was."""
+
+    instance: Instance
+    reason: str | None
+    ready_s: float
+    trace: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        instance = self.instance
+        return {
+            "instance_id": instance.instance_id,
+            "app": instance.build.app,
+            "build_id": instance.build.build_id,
+            "restored": instance.restored,
+            "checkpoint_id": instance.checkpoint_id,
+            "reason": self.reason,
+            "url": instance.url,
+            "ready_s": round(self.ready_s, 4),
+            "trace": {stage: round(seconds, 4) for stage, seconds in self.trace.items()},
+        }
+
+
+class Trace:
+    """When each stage of a start was over, in seconds since its beginning."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self.stages: dict[str, float] = {}
+
+    def mark(self, stage: str) -> None:
+        self.stages[stage] = time.monotonic() - self._began
+
+    def merge(self, timeline: Mapping[str, float]) -> None:
+        """Stages that the keeper saw, on the same monotonic clock."""
+        for stage, at in timeline.items():
+            self.stages[stage] = at - self._began
+        self.stages = dict(sorted(self.stages.items(), key=lambda item: item[1]))
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+
+class Lifecycle:
+    """All living instances of one node."""
+
+    def __init__(
+        self,
+        places: Places,
+        state: State,
+        shelf: Shelf,
+        capturer: Capturer,
+        ground: Ground,
+        spares: Spares,
+        *,
+        log_limit: int,
+    ) -> None:
+        self._places = places
+        self._state = state
+        self._shelf = shelf
+        self._capturer = capturer
+        self._ground = ground
+        self._spares = spares
+        self._log_limit = log_limit
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.instances: dict[str, Instance] = {}
+
+    # --- start ------------------------------------------------------------------------------------
+
+    async def start(
+        self, build: Build, *, restore_wanted: bool = True, environment: Mapping[str, str] | None = None
+    ) -> Started:
+        """A ready instance of ``build``. Raises StartFailed when even the cold boot fails."""
+        trace = Trace()
+        reason, checkpoint = self.choose(build, restore_wanted=restore_wanted)
+        trace.mark("lookup")
+        if checkpoint is not None:
+            try:
+                instance = await self._restore(build, checkpoint, environment or {}, trace)
+                return Started(instance, None, trace.elapsed, trace.stages)
+            except (RelumeError, OSError) as error:
+                reason = self._restore_failed(checkpoint, build, error)
+                trace.mark("restore_failed")
+        instance = await self._boot(build, environment or {}, trace, deferred=checkpoint is not None)
+        return Started(instance, reason, trace.elapsed, trace.stages)
+
+    def choose(self, build: Build, *, restore_wanted: bool) -> tuple[str | None, Checkpoint | None]:
+        """The checkpoint to start from, or the reason why none is."""
+        if not build.checkpointing:
+            return "checkpointing is off for this build", None
+        if not restore_wanted:
+            return "a cold start was asked for", None
+        checkpoint = self._capturer.usable(build.build_id)
+        if checkpoint is not None:
+            return None, checkpoint
+        return self._capturer.why_not(build.build_id), None
+
+    async def _boot(
+        self,
+        build: Build,
+        environment: Mapping[str, str],
+        trace: Trace,
+        *,
+        deferred: bool,
+        maker: bool = False,
+    ) -> Instance:
+        instance = await self._new(build, None, deferred=deferred, maker=maker)
+        try:
+            await asyncio.to_thread(
+                self._ground.lay, instance.places, build, id_base=instance.id_base, top=None, copy=False
+            )
+            trace.mark("layer")
+            await self._assign(instance, environment)
+            trace.mark("keeper")
+            await instance.keeper.boot()
+            await instance.until_ready(instance.settings.boot_timeout)
+        except (RelumeError, OSError) as error:
+            await self._discard(instance, "failed")
+            if isinstance(error, StartFailed):
+                raise
+            message = error.message if isinstance(error, RelumeError) else str(error)
+            raise StartFailed(
+                f"{build.app} could not be started: {message}",
+                hint=getattr(error, "hint", "")
+                or f"relume doctor; its log: relume logs {instance.instance_id}",
+                log=instance.last_words(),
+            ) from error
+        self._now_ready(instance, trace)
+        return instance
+
+    async def _restore(
+        self, build: Build, checkpoint: Checkpoint, environment: Mapping[str, str], trace: Trace
+    ) -> Instance:
+        instance = await self._new(build, checkpoint.checkpoint_id)
+        places = instance.places
+        restoration = restore.Restoration(
+            self._shelf, checkpoint, instance.id_base, places.runtime, self._places.verified
+        )
+        try:
+            await asyncio.to_thread(self._lay_copy, instance, restoration)
+            trace.mark("layer")
+            await self._assign(instance, environment, first_line=restore.FIRST_LINE)
+            trace.mark("keeper")
+            job = restoration.job(images=places.images, work=places.criu_work, pager=None)
+            coming = asyncio.create_task(instance.keeper.restore(job))
+            readiness = asyncio.create_task(instance.until_ready(_RESTORE_PATIENCE))
+            # runc returns some time after the app runs: whoever is first, readiness or failure, decides.
+            await asyncio.wait({coming, readiness}, return_when=asyncio.FIRST_COMPLETED)
+            if coming.done():
+                coming.result()
+            await readiness
+            self._keep(coming)
+        except (RelumeError, OSError) as error:
+            words = criulog.explain(places.criu_work / "restore.log")
+            await self._discard(instance, "failed")
+            if isinstance(error, EngineError) and words.reason:
+                raise EngineError(words.reason, hint=error.hint) from error
+            raise
+        self._shelf.restore_worked(checkpoint.checkpoint_id)
+        self._now_ready(instance, trace)
+        return instance
+
+    def _lay_copy(self, instance: Instance, restoration: restore.Restoration) -> None:
+        """All of a copy's ground; blocking. Raises Untrusted or ImageError for a damaged checkpoint."""
+        restoration.verify(pages=True)
+        restoration.fit_ids()
+        restoration.lay_files(instance.places.upper)
+        self._ground.lay(
+            instance.places, instance.build, id_base=instance.id_base, top=restoration.lower_layer, copy=True
+        )
+        self._ground.show_images(instance.places, restoration.images, id_base=instance.id_base)
+
+    async def _new(
+        self, build: Build, checkpoint_id: str | None, *, deferred: bool = False, maker: bool = False
+    ) -> Instance:
+        """An instance with a keeper and a name, and nothing in it yet."""
+        app = self._state.app(build.app)
+        for layer in build.layers:
+            if not layer.path.is_dir():
+                raise BuildError(
+                    f"layer {layer.digest[:12]} of {build.app} is gone from {layer.path.parent}",
+                    hint=f"relume deploy --fresh {app.directory} makes the build anew",
+                )
+        keeper = await self._spares.take()
+        instance_id = keeper.container.instance_id
+        instance = Instance(
+            instance_id=instance_id,
+            build=build,
+            settings=Settings.of(build),
+            places=self._places.instance(instance_id),
+            keeper=keeper,
+            id_base=app.id_base,
+            restored=checkpoint_id is not None,
+            checkpoint_id=checkpoint_id,
+            deferred=deferred,
+            maker=maker,
+        )
+        self.instances[instance_id] = instance
+        self._listen(instance)
+        self._save(instance)
+        return instance
+
+    async def _assign(
+        self, instance: Instance, environment: Mapping[str, str], *, first_line: str = ""
+    ) -> None:
+        """Bundle and keeper: after this only runc is missing."""
+        build, settings = instance.build, instance.settings
+        merged = self._environment(build, environment)
+        await asyncio.to_thread(
+            self._ground.bundle,
+            instance.places,
+            build,
+            settings,
+            id_base=instance.id_base,
+            environment=merged,
+        )
+        instance.port = await instance.keeper.assign(
+            Assignment(
+                app=build.app,
+                build_id=build.build_id,
+                checkpointing=build.checkpointing,
+                restored=instance.restored,
+                checkpoint_id=instance.checkpoint_id,
+                environment=merged,
+                port=build.port,
+                readycheck=settings.readycheck,
+                log=str(instance.places.log),
+                log_limit=self._log_limit,
+                exit_file=str(instance.places.exit_file),
+                first_line=first_line,
+            )
+        )
+        self._save(instance)
+
+    def _environment(self, build: Build, extra: Mapping[str, str]) -> dict[str, str]:
+        """What the app's first process gets: the image's, then ours, then secrets, then the caller's."""
+        merged = {
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": "/root",
+            "HOSTNAME": build.app,
+            "PORT": str(build.port),
+            # A log is read while the app runs, and a pipe would make Python keep its lines back.
+            "PYTHONUNBUFFERED": "1",
+            **build.env,
+            **Secrets(self._places.secrets(build.app)).all(),
+            **extra,
+        }
+        for name in ("NO_PROXY", "no_proxy"):
+            hosts = [host for host in merged.get(name, "").split(",") if host]
+            if ADDRESS not in hosts:
+                merged[name] = ",".join([*hosts, ADDRESS])
+        return merged
+
+    def _now_ready(self, instance: Instance, trace: Trace) -> None:
+        trace.merge(instance.timeline)
+        trace.mark("ready")
+        if instance.settings.trigger == "ready" and not instance.restored:
+            self._keep(asyncio.create_task(self._checkpoint_at_ready(instance)))
+
+    # --- after a failed restore -------------------------------------------------------------------
+
+    def _restore_failed(self, checkpoint: Checkpoint, build: Build, error: Exception) -> str:
+        damaged = isinstance(error, Untrusted | ImageError)
+        message = error.message if isinstance(error, RelumeError) else str(error)
+        health = self._shelf.restore_failed(checkpoint.checkpoint_id, message, damaged=damaged)
+        log.warning("restore of %s failed (%d): %s", checkpoint.checkpoint_id, health.failures, message)
+        if health.quarantined:
+            self._keep(asyncio.create_task(self._remake(build)))
+        return f"restore failed: {message}"
+
+    async def _remake(self, build: Build) -> None:
+        """Make a new checkpoint from an instance nobody waits for."""
+        if self._state.count_remake(build.build_id) > _REMAKES:
+            log.warning("no third try to make a checkpoint of build %s", build.build_id)
+            return
+        instance = None
+        try:
+            instance = await self._boot(build, {}, Trace(), deferred=False, maker=True)
+            await self._made(instance)
+        except RelumeError as error:
+            log.warning("no new checkpoint of %s: %s", build.app, error.message)
+        finally:
+            if instance is not None:
+                await self.stop(instance)
+
+    async def _made(self, instance: Instance) -> None:
+        """Wait until the extra instance has had its checkpoint, or for as long as a boot may take."""
+        deadline = time.monotonic() + instance.settings.boot_timeout
+        while self._capturer.usable(instance.build.build_id) is None and time.monotonic() < deadline:
+            if instance.ended.is_set():
+                return
+            await asyncio.sleep(0.2)
+
+    # --- what instances tell ----------------------------------------------------------------------
+
+    def _listen(self, instance: Instance) -> None:
+        instance.keeper.on_event = lambda event: self._heard(instance, event)
+        self._keep(asyncio.create_task(self._watch_keeper(instance)))
+
+    def _heard(self, instance: Instance, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "ready":
+                instance.timeline = event["timeline"] | {"answers": event["at"]}
+                if instance.state == "starting":
+                    instance.state = "ready"
+                    self._save(instance)
+                instance.ready.set()
+            case "request":
+                self._keep(asyncio.create_task(self._answer_request(instance, event["request"])))
+            case "exit":
+                instance.exit_code = event["exit_code"]
+                self._keep(asyncio.create_task(self._over(instance)))
+
+    async def _answer_request(self, instance: Instance, request: int) -> None:
+        body = await self._checkpoint(instance)
+        if not instance.keeper.lost.is_set():
+            await instance.keeper.answer(request, 200, body)
+
+    async def _checkpoint(self, instance: Instance) -> dict[str, Any]:
+        try:
+            return await self._capturer.request(self.subject(instance))
+        except Exception as error:
+            log.exception("checkpoint of %s", instance.instance_id)
+            return {"status": "failed", "reason": "engine", "checkpoint_id": None, "message": str(error)}
+
+    async def _checkpoint_at_ready(self, instance: Instance) -> None:
+        body = await self._checkpoint(instance)
+        if not instance.keeper.lost.is_set():
+            await instance.keeper.note(f"relume: checkpoint at ready: {json.dumps(body)}")
+
+    def subject(self, instance: Instance) -> Subject:
+        """The instance as the capture story needs it."""
+        settings = instance.settings
+        return Subject(
+            instance_id=instance.instance_id,
+            app=instance.build.app,
+            build_id=instance.build.build_id,
+            keeper=instance.keeper,
+            upper=instance.places.upper,
+            rootfs=instance.places.rootfs,
+            cgroup=instance.places.cgroup,
+            id_base=instance.id_base,
+            checkpointing=instance.build.checkpointing,
+            restored=instance.restored,
+            deferred=instance.deferred,
+            loopback=settings.loopback,
+            filesystem=settings.filesystem,
+            held_limit=settings.held_limit,
+        )
+
+    async def _watch_keeper(self, instance: Instance) -> None:
+        """A keeper that dies takes the instance's stdio along: end what is left of it."""
+        await instance.keeper.lost.wait()
+        if instance.exit_code is None and not instance.ended.is_set():
+            log.error("the keeper of %s is gone; ending the instance", instance.instance_id)
+            await self._over(instance)
+
+    async def _over(self, instance: Instance) -> None:
+        """It has ended by itself or was stopped: take its ground away, keep its log."""
+        if instance.ended.is_set() or self.instances.get(instance.instance_id) is not instance:
+            return
+        wanted = instance.state == "stopping" or instance.exit_code == 0
+        await self._discard(instance, "exited" if wanted or instance.ready.is_set() else "failed")
+
+    async def _discard(self, instance: Instance, state: str) -> None:
+        self.instances.pop(instance.instance_id, None)
+        instance.state = "failed" if state == "failed" else "exited"
+        instance.ended.set()
+        self._state.end_instance(instance.instance_id, state)
+        await asyncio.to_thread(self._ground.clear, instance.places, instance.instance_id)
+        await instance.keeper.end()
+        await instance.keeper.close()
+        self.prune(instance.build.app, _KEEP_ENDED)
+
+    # --- stop -------------------------------------------------------------------------------------
+
+    async def stop(self, instance: Instance) -> None:
+        """SIGTERM, patience, SIGKILL; returns when nothing of it is left but its log."""
+        if instance.ended.is_set():
+            return
+        instance.state = "stopping"
+        self._save(instance)
+        pid = int((await self._ask_pid(instance)) or 0)
+        if pid and process.catches(pid, signal.SIGTERM):
+            await instance.keeper.signal(signal.SIGTERM)
+            try:
+                async with asyncio.timeout(_STOP_PATIENCE):
+                    await instance.ended.wait()
+            except TimeoutError:
+                pass
+        if not instance.ended.is_set():
+            # Without a handler the first process of a pid namespace never sees a SIGTERM (pid_namespaces(7)).
+            await self._discard(instance, "exited")
+
+    async def _ask_pid(self, instance: Instance) -> int | None:
+        try:
+            return int((await instance.keeper.ask("hello"))["pid"])
+        except EngineError:
+            return None
+
+    def find(self, target: str) -> list[Instance]:
+        """The living instances that ``target`` (an instance id or an app) names. Raises NotFound."""
+        if target in self.instances:
+            return [self.instances[target]]
+        found = [instance for instance in self.instances.values() if instance.build.app == target]
+        if not found:
+            raise NotFound(f"no running instance or app {target!r}", hint="relume ps shows what runs")
+        return found
+
+    # --- across restarts of the node --------------------------------------------------------------
+
+    async def adopt(self, row: dict[str, Any], build: Build) -> bool:
+        """Take a running instance over from an earlier run of this node; whether it still runs."""
+        facts = row["facts"]
+        container = Container(**facts["container"])
+        keeper = Keeper(container, lambda event: None)
+        try:
+            told = await keeper.connect(patience=0.5)
+        except RelumeError:
+            return False
+        if told["phase"] not in ("starting", "ready"):
+            await keeper.end()
+            await keeper.close()
+            return False
+        instance = Instance(
+            instance_id=row["instance_id"],
+            build=build,
+            settings=Settings.of(build),
+            places=self._places.instance(row["instance_id"]),
+            keeper=keeper,
+            id_base=facts["id_base"],
+            restored=facts["restored"],
+            checkpoint_id=facts["checkpoint_id"],
+            deferred=facts["deferred"],
+            maker=facts["maker"],
+            port=told["port"],
+            started_at=row["started_at"],
+        )
+        if told["ready_at"] is not None:
+            instance.state = "ready"
+            instance.ready.set()
+        self.instances[instance.instance_id] = instance
+        self._listen(instance)
+        self._keep(asyncio.create_task(self._catch_up(instance, told["requests"])))
+        return True
+
+    async def _catch_up(self, instance: Instance, requests: list[int]) -> None:
+        """Answer what waited: first the dump that was going on, then the requests in their order."""
+        answers = []
+        for intent in self._shelf.unfinished():
+            if intent.instance_id == instance.instance_id:
+                answers.append(await self._capturer.resume(self.subject(instance), intent))
+        for request in requests:
+            if answers:
+                await instance.keeper.answer(request, 200, answers.pop(0))
+            else:
+                await self._answer_request(instance, request)
+
+    # --- the rest ---------------------------------------------------------------------------------
+
+    def prune(self, app: str, keep: int) -> None:
+        """Forget ended instances of ``app`` but the newest ``keep``, with their logs."""
+        for instance_id in self._state.prunable(app, keep):
+            shutil.rmtree(self._places.instance(instance_id).kept, ignore_errors=True)
+            self._state.forget_instance(instance_id)
+
+    def log_of(self, target: str) -> Path:
+        """The log of an instance, or of an app's newest instance. Raises NotFound."""
+        for row in reversed(self._state.instances()):
+            if target in (row["instance_id"], row["app"]) and not row["facts"].get("maker"):
+                return self._places.instance(row["instance_id"]).log
+        raise NotFound(f"no instance or app {target!r}", hint="relume ps shows the instances")
+
+    def _save(self, instance: Instance) -> None:
+        self._state.save_instance(
+            instance.instance_id,
+            app=instance.build.app,
+            build_id=instance.build.build_id,
+            state=instance.state,
+            started_at=instance.started_at,
+            facts=instance.facts(),
+        )
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_report)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run ``work`` beside everything else; what it raises is logged."""
+        task = asyncio.create_task(work)
+        self._keep(task)
+        return task
+
+    async def close(self) -> None:
+        """Drop the connections; the instances run on."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for instance in self.instances.values():
+            await instance.keeper.close()
+
+
+def _report(task: asyncio.Task[Any]) -> None:
+    if (
+        not task.cancelled()
+        and (error := task.exception()) is not None
+        and not isinstance(error, RelumeError)
+    ):
+        log.error("background work failed", exc_info=error)

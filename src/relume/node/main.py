@@ -1,0 +1,50 @@
+"""``relume node run``: open the node, serve its socket, let go at SIGTERM or SIGINT. Instances run on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from aiohttp import web
+
+from relume.config import NodeConfig
+from relume.node.agent import Node
+from relume.node.api import application
+
+
+def run(config: NodeConfig, state: Path) -> None:
+    """Serve until told to stop. Raises RelumeError when the node cannot be opened."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    asyncio.run(_serve(config, state))
+
+
+async def _serve(config: NodeConfig, state: Path) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    node = Node(config, state)
+    try:
+        await node.open()
+        runner = web.AppRunner(application(node), access_log=None, shutdown_timeout=2.0)
+        await runner.setup()
+        socket = node.places.socket
+        socket.unlink(missing_ok=True)  # the lock on the state says that nobody listens there
+        old = os.umask(0o177)
+        try:
+            await web.UnixSite(runner, str(socket)).start()
+        finally:
+            os.umask(old)
+        logging.getLogger(__name__).info("node %s serves %s", node.places.node_id, socket)
+        await stop.wait()
+        socket.unlink(missing_ok=True)
+        await runner.cleanup()
+    finally:
+        await node.close()
