@@ -67,13 +67,7 @@ class Capturer:
 
     async def request(self, subject: Subject) -> dict[str, Any]:
         """The body of the answer to one request."""
-        situation = Situation(
-            checkpointing=subject.checkpointing,
-            restored=subject.restored,
-            deferred=subject.deferred,
-            exists=self.usable(subject.build_id) is not None,
-            in_progress=subject.build_id in self._in_progress,
-        )
+        situation = self._situation(subject)
         if (reason := skip(situation)) is not None:
             existing = self.usable(subject.build_id)
             return _answer(subject, "skipped", reason, checkpoint_id=existing and existing.checkpoint_id)
@@ -82,6 +76,15 @@ class Capturer:
             return await self._make(subject)
         finally:
             self._in_progress.discard(subject.build_id)
+
+    def _situation(self, subject: Subject) -> Situation:
+        return Situation(
+            checkpointing=subject.checkpointing,
+            restored=subject.restored,
+            deferred=subject.deferred,
+            exists=self.usable(subject.build_id) is not None,
+            in_progress=subject.build_id in self._in_progress,
+        )
 
     async def resume(self, subject: Subject, intent: Intent) -> dict[str, Any]:
         """Finish what an earlier run of this node began: the keeper has the dump, or is still at it."""
@@ -117,6 +120,19 @@ class Capturer:
         reasons = differences(newest.platform, self._platform)
         return f"checkpoint {newest.checkpoint_id} does not fit this machine: {'; '.join(reasons)}"
 
+    def explain(self, subject: Subject) -> dict[str, Any]:
+        """What a request of this instance would come to now; blocking, stops nothing."""
+        looked = self._look(subject)
+        situation = self._situation(subject)
+        return {
+            "instance_id": subject.instance_id,
+            "would_work": not isinstance(looked, dict),
+            "skipped": skip(situation),
+            "problem": looked if isinstance(looked, dict) else None,
+            "memory_bytes": preflight.estimate(cgroup.processes(subject.cgroup)).total,
+            "processes": len(cgroup.processes(subject.cgroup)),
+        }
+
     # --- the story --------------------------------------------------------------------------------
 
     async def _make(self, subject: Subject) -> dict[str, Any]:
@@ -147,10 +163,15 @@ class Capturer:
     def _look(self, subject: Subject) -> dict[str, Any] | int:
         """Before anything stops: the bytes to expect, or the answer that says why not."""
         pids = cgroup.processes(subject.cgroup)
-        culprits = preflight.examine(pids, rootfs=subject.rootfs, upper=subject.upper)
+        culprits = preflight.examine(
+            pids,
+            rootfs=subject.rootfs,
+            upper=subject.upper,
+            held_limit=None if subject.filesystem == "all" else subject.held_limit,
+        )
         if culprits:
             return _unsupported(subject, [dataclasses.asdict(culprit) for culprit in culprits])
-        expected = preflight.estimate(pids).bytes
+        expected: int = preflight.estimate(pids).total
         free = _free(self._shelf)
         if expected + _HEADROOM > free:
             return _answer(
@@ -231,12 +252,12 @@ class Capturer:
             platform=self._platform,
             created_at=time.time(),
             size_bytes=size_of(images) + size_of(directory / "held"),
-            frozen_s=times.frozen_s,
+            frozen_s=times.frozen_us / 1e6,
             timings={
-                "freezing_s": times.freezing_s,
-                "frozen_s": times.frozen_s,
-                "memdump_s": times.memdump_s,
-                "memwrite_s": times.memwrite_s,
+                "freezing_s": times.freezing_us / 1e6,
+                "frozen_s": times.frozen_us / 1e6,
+                "memdump_s": times.memdump_us / 1e6,
+                "memwrite_s": times.memwrite_us / 1e6,
                 "held_files_s": result.copy_seconds,
                 "dump_s": result.seconds,
                 "edit_s": edited - started,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from relume.checkpoint.shelf import Checkpoint, Shelf
-from relume.engine import edit, held, options
+from relume.engine import held, options
 from relume.engine.jobs import RestoreJob
 from relume.images import integrity
 
@@ -24,22 +24,20 @@ FIRST_LINE = "CEREBRIUM_RESTORED: container restored from checkpoint"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Restoration:
-    """A checkpoint about to become a copy. ``runtime`` is the copy's directory under /run/relume.
+    """A checkpoint about to become a copy whose root is ``id_base`` on the host.
 
-    ``verified`` is where it is remembered which blocks of the image were checked in this boot.
+    ``verified`` is where it is remembered which blocks of the image were checked in this boot; None reads all.
     """
 
     shelf: Shelf
     checkpoint: Checkpoint
     id_base: int
-    runtime: Path
-    verified: Path
+    verified: Path | None
 
     @property
     def images(self) -> Path:
-        """CRIU's images, as this copy needs them."""
-        own = self.runtime / "own-images"
-        return own if own.exists() else self._stored / "images"
+        """CRIU's images, shared by all copies."""
+        return self._stored / "images"
 
     @property
     def _stored(self) -> Path:
@@ -55,11 +53,11 @@ class Restoration:
 
         Raises Untrusted or ImageError, which means: this checkpoint is damaged.
         """
-        verifier = integrity.Verifier(self._stored / "images", self.verified)
+        verifier = integrity.Verifier(self.images, self.verified)
         verifier.check_small()
         if not pages:
             return
-        for path in sorted((self._stored / "images").glob("pages-*.img")):
+        for path in sorted(self.images.glob("pages-*.img")):
             if path.stat().st_size == 0:
                 continue
             checker = verifier.pages(path)
@@ -75,16 +73,6 @@ class Restoration:
         """Put the held files into ``upper``, before the overlay is mounted on it."""
         if self.lower_layer is None:
             held.lay(self._stored / "held", upper, id_base=self.id_base)
-
-    def fit_ids(self) -> None:
-        """Where the copy's id range is not the original's, give it images of its own that say so."""
-        if self.id_base != self.checkpoint.id_base:
-            edit.shift_ids(
-                self._stored / "images",
-                self.runtime / "own-images",
-                old=self.checkpoint.id_base,
-                new=self.id_base,
-            )
 
     def job(self, *, images: Path, work: Path, pager: dict[str, Any] | None) -> RestoreJob:
         """The engine's job; ``images`` is where the mapped root can read them."""

@@ -56,7 +56,7 @@ class Log:
         self.close()
         try:
             for path in (self._path, times_of(self._path)):
-                os.replace(path, path.with_name(path.name + ".1"))
+                path.replace(path.with_name(path.name + ".1"))
         finally:
             self._open()
         return data[end:]

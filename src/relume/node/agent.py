@@ -12,11 +12,11 @@ from typing import Any
 from relume.build import Build, Builder
 from relume.checkpoint import platform
 from relume.checkpoint.capture import Capturer
+from relume.checkpoint.restore import Restoration
 from relume.checkpoint.shelf import Checkpoint, Shelf
 from relume.config import NodeConfig, load_app
 from relume.engine.network import pasta
 from relume.errors import BadRequest, NotFound
-from relume.images import integrity
 from relume.node import machine
 from relume.node.ground import Ground
 from relume.node.lifecycle import Lifecycle, Started
@@ -62,7 +62,7 @@ class Node:
     async def open(self) -> None:
         """Take over running instances, take away what a crash left, get ready."""
         self._shelf.sweep()
-        self._builder.clean()
+        await self._builder.clean()
         await self._adopt()
         self._sweep()
         self._spares.refill()
@@ -226,6 +226,11 @@ class Node:
         self.lifecycle.prune(name, 0)
         self._state.remove_app(name)
 
+    async def explain_checkpoint(self, instance_id: str) -> dict[str, Any]:
+        """Would a checkpoint of the instance work, how large would it be; nothing is stopped for it."""
+        (instance,) = self.lifecycle.find(instance_id)[-1:]
+        return await asyncio.to_thread(self._capturer.explain, self.lifecycle.subject(instance))
+
     # --- checkpoints ------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[dict[str, Any]]:
@@ -288,8 +293,8 @@ class Node:
 
     def verify_checkpoint(self, checkpoint_id: str) -> dict[str, Any]:
         """Read every byte and compare it with what was written. Raises Untrusted or ImageError."""
-        self._shelf.load(checkpoint_id)
-        integrity.verify(self._shelf.directory(checkpoint_id) / "images")
+        checkpoint = self._shelf.load(checkpoint_id)
+        Restoration(self._shelf, checkpoint, checkpoint.id_base, verified=None).verify(pages=True)
         return {"checkpoint_id": checkpoint_id, "ok": True}
 
     def remove_checkpoint(self, checkpoint_id: str) -> None:

@@ -6,6 +6,7 @@ a node that finds a stranger's leftovers under its own runtime directory removes
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -125,6 +126,9 @@ class Ground:
         cgroup.kill(places.cgroup)
         cgroup.remove(places.cgroup)
         mounts.unmount_all(places.runtime)
+        if left := mounts.under(places.runtime):
+            # Never remove through a mount: behind one of them lies the app's /persistent-storage.
+            raise OSError(errno.EBUSY, "still mounted", str(left[0]))
         shutil.rmtree(places.runtime, ignore_errors=True)
         shutil.rmtree(places.kept / "layer", ignore_errors=True)
 

@@ -189,9 +189,7 @@ class Lifecycle:
     ) -> Instance:
         instance = await self._new(build, checkpoint.checkpoint_id)
         places = instance.places
-        restoration = restore.Restoration(
-            self._shelf, checkpoint, instance.id_base, places.runtime, self._places.verified
-        )
+        restoration = restore.Restoration(self._shelf, checkpoint, instance.id_base, self._places.verified)
         try:
             await asyncio.to_thread(self._lay_copy, instance, restoration)
             trace.mark("layer")
@@ -219,7 +217,6 @@ class Lifecycle:
     def _lay_copy(self, instance: Instance, restoration: restore.Restoration) -> None:
         """All of a copy's ground; blocking. Raises Untrusted or ImageError for a damaged checkpoint."""
         restoration.verify(pages=True)
-        restoration.fit_ids()
         restoration.lay_files(instance.places.upper)
         self._ground.lay(
             instance.places, instance.build, id_base=instance.id_base, top=restoration.lower_layer, copy=True
@@ -502,10 +499,11 @@ class Lifecycle:
 
     async def _catch_up(self, instance: Instance, requests: list[int]) -> None:
         """Answer what waited: first the dump that was going on, then the requests in their order."""
-        answers = []
-        for intent in self._shelf.unfinished():
-            if intent.instance_id == instance.instance_id:
-                answers.append(await self._capturer.resume(self.subject(instance), intent))
+        answers = [
+            await self._capturer.resume(self.subject(instance), intent)
+            for intent in self._shelf.unfinished()
+            if intent.instance_id == instance.instance_id
+        ]
         for request in requests:
             if answers:
                 await instance.keeper.answer(request, 200, answers.pop(0))
