@@ -13,7 +13,7 @@ from .app import (
     Runtime,
     Scaling,
 )
-from .load import FILE_NAME, AppConfig, load_app
+from .load import FILE_NAME, AppConfig, load_app, require_app_name
 from .node import Limits, NodeConfig, NodeSettings, RegionSettings, StoreSettings, load_node
 from .warning import ConfigWarning
 
@@ -39,4 +39,5 @@ __all__ = [
     "StoreSettings",
     "load_app",
     "load_node",
+    "require_app_name",
 ]

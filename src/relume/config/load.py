@@ -112,7 +112,8 @@ def load_app(
     )
 
 
-def _renamed(data: dict[str, Any], name: str) -> dict[str, Any]:
+def require_app_name(name: str) -> None:
+    """Raise ConfigError for a name, not from a file, that cannot be an app's."""
     try:
         app_name(name)
     except ValueError as error:
@@ -120,6 +121,10 @@ def _renamed(data: dict[str, Any], name: str) -> dict[str, Any]:
         raise ConfigError(
             f"{shown(name)}: {error}", hint=f"allowed: {allowed}", key="name", value=shown(name)
         ) from None
+
+
+def _renamed(data: dict[str, Any], name: str) -> dict[str, Any]:
+    require_app_name(name)
     table = data.get("cerebrium")
     if not isinstance(table, dict) or not isinstance(table.get("deployment", {}), dict):
         return data

@@ -1,0 +1,39 @@
+"""`relume apps ls|rm`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from .arguments import Parser
+from .client import NodeClient, segment
+from .render import Screen
+
+COLUMNS = (
+    ("app", "APP"),
+    ("build_id", "BUILD"),
+    ("checkpointing", "CHECKPOINTING"),
+    ("instances", "INSTANCES"),
+    ("checkpoints", "CHECKPOINTS"),
+    ("size_bytes", "SIZE"),
+    ("directory", "DIRECTORY"),
+    ("deployed_at", "DEPLOYED"),
+)
+
+
+def configure(parser: Parser) -> None:
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    verbs.add_parser("ls", help="list deployed apps").runs(list_apps)
+    rm = verbs.add_parser("rm", help="remove an app with its builds, checkpoints and secrets")
+    rm.add_argument("app", metavar="APP", help="the app's name; its instances must be stopped before")
+    rm.runs(remove)
+
+
+def list_apps(options: Namespace) -> None:
+    Screen(options.output).table(
+        NodeClient().get("/v1/apps"), COLUMNS, empty="No apps. `relume deploy DIR` makes one."
+    )
+
+
+def remove(options: Namespace) -> None:
+    NodeClient().delete(f"/v1/apps/{segment(options.app)}")
+    Screen(options.output).removed("app", options.app)

@@ -1,0 +1,60 @@
+"""`relume checkpoints ls|inspect|verify|rm|explain`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from .arguments import Parser
+from .client import NodeClient, segment
+from .render import Screen
+
+COLUMNS = (
+    ("checkpoint_id", "CHECKPOINT"),
+    ("app", "APP"),
+    ("build_id", "BUILD"),
+    ("state", "STATE"),
+    ("where", "WHERE"),
+    ("size_bytes", "SIZE"),
+    ("created_at", "CREATED"),
+)
+
+
+def configure(parser: Parser) -> None:
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    verbs.add_parser("ls", help="list checkpoints").runs(list_checkpoints)
+    for command, summary in (
+        (inspect, "show its processes, memory, sizes and platform"),
+        (verify, "read it whole and compare it with its hashes; exit status 1 if it is damaged"),
+        (remove, "remove it; the next instance of its build boots cold and may make a new one"),
+    ):
+        verb = verbs.add_parser("rm" if command is remove else command.__name__, help=summary)
+        verb.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint's id")
+        verb.runs(command)
+    verb = verbs.add_parser(
+        "explain", help="would a checkpoint work, and how large would it be? freezes nothing"
+    )
+    verb.add_argument("instance", metavar="INSTANCE", help="a running instance")
+    verb.runs(explain)
+
+
+def list_checkpoints(options: Namespace) -> None:
+    Screen(options.output).table(NodeClient().get("/v1/checkpoints"), COLUMNS, empty="No checkpoints.")
+
+
+def inspect(options: Namespace) -> None:
+    Screen(options.output).record(NodeClient().get(f"/v1/checkpoints/{segment(options.checkpoint)}"))
+
+
+def verify(options: Namespace) -> int:
+    result = NodeClient().post(f"/v1/checkpoints/{segment(options.checkpoint)}/verify")
+    Screen(options.output).record(result)
+    return 0 if result["ok"] else 1
+
+
+def remove(options: Namespace) -> None:
+    NodeClient().delete(f"/v1/checkpoints/{segment(options.checkpoint)}")
+    Screen(options.output).removed("checkpoint_id", options.checkpoint)
+
+
+def explain(options: Namespace) -> None:
+    Screen(options.output).record(NodeClient().post(f"/v1/instances/{segment(options.instance)}/explain"))

@@ -1,0 +1,74 @@
+"""`relume start APP`: an instance, from its checkpoint if there is one that fits, and ready when this returns."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from .arguments import Parser
+from .client import NodeClient, segment
+from .environment import given_environment
+from .render import Screen, duration
+
+
+def configure(parser: Parser) -> None:
+    parser.add_argument("app", metavar="APP", help="the app's name")
+    parser.add_argument("--no-restore", action="store_true", help="boot cold, whatever is saved")
+    parser.add_argument(
+        "--explain", action="store_true", help="say what checkpoints there are and why one is used or not"
+    )
+    parser.add_argument("--trace", action="store_true", help="print where the time went")
+    parser.add_argument(
+        "-e",
+        "--env",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="set a variable; K alone passes yours on (again for more)",
+    )
+    parser.add_argument(
+        "--env-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="variables, one K=V a line (again for more)",
+    )
+    parser.runs(start)
+
+
+def start(options: Namespace) -> None:
+    screen = Screen(options.output)
+    body = {
+        "restore": not options.no_restore,
+        "explain": options.explain,
+        "env": given_environment(options.env, options.env_file),
+    }
+    result = NodeClient().stream(f"/v1/apps/{segment(options.app)}/start", body, screen.step)
+    screen.data(result, _lines(result, explain=options.explain, trace=options.trace))
+
+
+def _lines(result: dict[str, Any], *, explain: bool, trace: bool) -> list[str]:
+    how = f"restored from {result['checkpoint_id']}" if result.get("restored") else "booted cold"
+    reason = f" ({result['reason']})" if result.get("reason") else ""
+    lines = [
+        f"✓ {result['app']} is ready in {duration(result['ready_s'])}: {how}{reason}",
+        f"  instance  {result['instance_id']}",
+        f"  url       {result['url']}",
+    ]
+    for wanted, name in ((explain, "explain"), (trace, "trace")):
+        if wanted and result.get(name):
+            lines += [f"  {name}", *(f"    {line}" for line in _details(result[name]))]
+    return lines
+
+
+def _details(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    if not isinstance(value, dict):
+        return str(value).splitlines()
+    width = max(map(len, value), default=0)
+    return [f"{name:<{width}}  {_shown(name, item)}" for name, item in value.items()]
+
+
+def _shown(name: str, value: Any) -> str:
+    return duration(value) if name.endswith("_s") and isinstance(value, (int, float)) else str(value)
