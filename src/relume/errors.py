@@ -194,3 +194,12 @@ class GpuLost(GpuError):
     """
 
     code = "gpu/lost"
+
+
+# --- cli ------------------------------------------------------------------------------------------
+
+
+class CallFailed(RelumeError):
+    """An app did not answer a `relume call`, or answered with an HTTP error."""
+
+    code = "call_failed"
