@@ -15,7 +15,7 @@ import dataclasses
 import fcntl
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from relume.linux import proc, syscall
@@ -120,32 +120,11 @@ class Finder:
             os.close(file)
 
     def _watches(self, info: str, who: tuple[int, str], root: proc.Mount) -> None:
-        major, minor = (int(part) for part in root.device.split(":"))
-        device = major << 20 | minor  # the kernel's own form, which fdinfo prints
-        for line in info.splitlines():
-            if not line.startswith("inotify "):
-                continue
-            fields = dict(field.split(":", 1) for field in line.split()[1:] if ":" in field)
-            if int(fields["sdev"], 16) == device and (path := self._by_handle(fields)) is not None:
-                self._add(path, who, "watched")
-
-    def _by_handle(self, fields: dict[str, str]) -> str | None:
-        """The path inside of a watch's file handle (open_by_handle_at(2)); None if the handle is stale."""
-        handle = bytes.fromhex(fields["f_handle"])
-        packed = struct.pack("Ii", len(handle), int(fields["fhandle-type"], 16)) + handle
-        mount = os.open(self._rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            file = syscall.libc().open_by_handle_at(mount, ctypes.c_char_p(packed), os.O_PATH | os.O_CLOEXEC)
-        finally:
-            os.close(mount)
-        if file < 0:
-            return None
-        try:
-            path = proc.link(os.getpid(), f"fd/{file}")
-        finally:
-            os.close(file)
         prefix = str(self._rootfs).rstrip("/")
-        return path[len(prefix) :] or "/" if path.startswith(prefix) else None
+        for fields in _watches_on(root.device, info):
+            path = _by_handle(self._rootfs, fields)
+            if path is not None and path.startswith(prefix):
+                self._add(path[len(prefix) :] or "/", who, "watched")
 
     def _add(self, target: str, who: tuple[int, str], how: str, *, locked: bool = False) -> None:
         deleted = target.endswith(proc.DELETED) and not os.path.lexists(f"{self._rootfs}{target}")
@@ -163,6 +142,43 @@ def _mount_of(path: str) -> int:
         return proc.mount_id(proc.fdinfo(os.getpid(), descriptor))
     finally:
         os.close(descriptor)
+
+
+def unusable_watches(rootfs: Path, device: str, info: str) -> bool:
+    """Whether an inotify descriptor (``info`` is its fdinfo) watches what CRIU will not find again.
+
+    On overlay that is everything, unless it is mounted with ``index=on,nfs_export=on``: the watch shows a
+    file handle that nobody can open ("fsnotify: Can't dump that handle").
+    """
+    return any(_by_handle(rootfs, fields) is None for fields in _watches_on(device, info))
+
+
+def _watches_on(device: str, info: str) -> Iterator[dict[str, str]]:
+    """The watches in an inotify fdinfo that look at the file system ``device`` ("major:minor")."""
+    major, minor = (int(part) for part in device.split(":"))
+    for line in info.splitlines():
+        fields = dict(field.split(":", 1) for field in line.split()[1:] if ":" in field)
+        if (
+            line.startswith("inotify ") and int(fields["sdev"], 16) == major << 20 | minor
+        ):  # the kernel's form
+            yield fields
+
+
+def _by_handle(rootfs: Path, fields: dict[str, str]) -> str | None:
+    """The path of what a watch looks at (open_by_handle_at(2)); None if its handle is not to be used."""
+    handle = bytes.fromhex(fields.get("f_handle", ""))
+    packed = struct.pack("Ii", len(handle), int(fields.get("fhandle-type", "0"), 16)) + handle
+    mount = os.open(rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        file = syscall.libc().open_by_handle_at(mount, ctypes.c_char_p(packed), os.O_PATH | os.O_CLOEXEC)
+    finally:
+        os.close(mount)
+    if file < 0:
+        return None
+    try:
+        return proc.link(os.getpid(), f"fd/{file}")
+    finally:
+        os.close(file)
 
 
 def sqlite_warnings(held: Sequence[Held]) -> list[str]:

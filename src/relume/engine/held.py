@@ -32,6 +32,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from relume.engine._culprit import Culprit
 from relume.engine._held_finder import Finder, Held, sqlite_warnings
 from relume.engine._held_tree import Copier, Tree, is_whiteout
 from relume.errors import Unsupported, Untrusted
@@ -184,7 +185,9 @@ def _names(source: Tree, held: Sequence[Held], limit_bytes: int) -> list[str]:
             if name == one.path and one.deleted and not is_whiteout(status):
                 continue  # another file took the name
             if name == one.path and stat.S_ISREG(status.st_mode):
-                _check_size(one, status.st_blocks * 512, limit_bytes)
+                culprit = too_large(one, status.st_blocks * 512, limit_bytes)
+                if culprit is not None:
+                    raise Unsupported(str(culprit), hint=culprit.hint, culprits=[culprit.as_dict()])
             wanted[name] = status
     linked = {
         status.st_ino for status in wanted.values() if stat.S_ISREG(status.st_mode) and status.st_nlink > 1
@@ -205,16 +208,17 @@ def _link_remaps(source: Tree, above: Sequence[str]) -> list[str]:
     ]
 
 
-def _check_size(one: Held, size: int, limit: int) -> None:
+def too_large(one: Held, size: int, limit: int) -> Culprit | None:
+    """A held file of ``size`` bytes on disk against the limit for one file."""
     if size <= limit:
-        return
-    what = f"holds /{one.path} ({one.how}) of {size} bytes in the writable layer; the limit is {limit} bytes"
-    hint = (
+        return None
+    return Culprit(
+        one.pid,
+        one.process,
+        f"holds /{one.path} ({one.how}), {size} bytes in the writable layer; the limit is {limit} bytes",
         "close it before the request, keep it in /persistent-storage, or save the whole layer with"
-        ' [relume.checkpoint] filesystem = "all"'
+        ' [relume.checkpoint] filesystem = "all"',
     )
-    culprit = {"pid": one.pid, "process": one.process, "what": what, "hint": hint}
-    raise Unsupported(f"{one.process} (pid {one.pid}) {what}", hint=hint, culprits=[culprit])
 
 
 def _is_cache(path: str) -> bool:
