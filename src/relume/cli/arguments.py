@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NoReturn
 
-from ..errors import RelumeError
+from relume.errors import RelumeError
 
 COMMANDS = {
     "doctor": "test this machine for what relume needs",

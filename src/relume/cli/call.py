@@ -8,10 +8,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadRequest, CallFailed, NotFound
-from .arguments import Parser
-from .client import NodeClient
-from .render import Screen, duration
+from relume.cli.arguments import Parser
+from relume.cli.client import NodeClient
+from relume.cli.render import Screen, duration
+from relume.errors import BadRequest, CallFailed, NotFound
 
 _CHUNK = 64 * 1024
 

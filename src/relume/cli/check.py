@@ -6,12 +6,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Parser
-from .render import Screen, grouped
-from .summary import summary
+from relume.cli.arguments import Parser
+from relume.cli.render import Screen, grouped
+from relume.cli.summary import summary
 
 if TYPE_CHECKING:
-    from ..config import AppConfig
+    from relume.config import AppConfig
 
 
 def configure(parser: Parser) -> None:
@@ -35,7 +35,7 @@ def takes_an_app_directory(parser: Parser) -> None:
 
 
 def check(options: Namespace) -> None:
-    from ..config import load_app
+    from relume.config import load_app
 
     screen = Screen(options.output)
     file = options.config_file and options.config_file.absolute()

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import errors
-from ..errors import NodeUnreachable, RelumeError
-from .http10 import Answer, ConnectionLost, request
+from relume import errors
+from relume.cli.http10 import Answer, ConnectionLost, request
+from relume.errors import NodeUnreachable, RelumeError
 
 DEFAULT_STATE = Path("/var/lib/relume")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 
-from ..errors import BadRequest
-from .arguments import Parser
-from .check import takes_an_app_directory
-from .client import NodeClient
-from .render import Screen, duration
-from .summary import summary
+from relume.cli.arguments import Parser
+from relume.cli.check import takes_an_app_directory
+from relume.cli.client import NodeClient
+from relume.cli.render import Screen, duration
+from relume.cli.summary import summary
+from relume.errors import BadRequest
 
 
 def configure(parser: Parser) -> None:
@@ -22,7 +22,7 @@ def configure(parser: Parser) -> None:
 
 
 def deploy(options: Namespace) -> int:
-    from ..config import load_app
+    from relume.config import load_app
 
     screen = Screen(options.output)
     file = options.config_file and options.config_file.absolute()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from .arguments import Parser
-from .client import state_directory
-from .render import Screen
+from relume.cli.arguments import Parser
+from relume.cli.client import state_directory
+from relume.cli.render import Screen
 
 
 def configure(parser: Parser) -> None:
@@ -16,7 +16,7 @@ def configure(parser: Parser) -> None:
 def doctor(options: Namespace) -> int:
     from dataclasses import asdict
 
-    from ..node.doctor import examine
+    from relume.node.doctor import examine
 
     findings = examine(state_directory())
     width = max(len(finding.name) for finding in findings)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import BadRequest
+from relume.errors import BadRequest
 
 _MAX_FILE = 1024 * 1024
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from ..errors import Conflict
-from .arguments import Parser
-from .render import Screen
+from relume.cli.arguments import Parser
+from relume.cli.render import Screen
+from relume.errors import Conflict
 
 _TOML = """\
 [cerebrium.deployment]
@@ -79,7 +79,7 @@ def configure(parser: Parser) -> None:
 
 
 def init(options: Namespace) -> None:
-    from ..config import FILE_NAME, require_app_name
+    from relume.config import FILE_NAME, require_app_name
 
     screen = Screen(options.output)
     require_app_name(options.name)

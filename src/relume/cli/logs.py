@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from .arguments import Parser
-from .client import NodeClient, segment
-from .render import Screen
+from relume.cli.arguments import Parser
+from relume.cli.client import NodeClient, segment
+from relume.cli.render import Screen
 
 
 def configure(parser: Parser) -> None:

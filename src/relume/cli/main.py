@@ -10,9 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..errors import RelumeError
-from . import render
-from .arguments import COMMANDS, parser
+from relume.cli import render
+from relume.cli.arguments import COMMANDS, parser
+from relume.errors import RelumeError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from .arguments import Parser
-from .client import NodeClient, state_directory
-from .render import Screen
+from relume.cli.arguments import Parser
+from relume.cli.client import NodeClient, state_directory
+from relume.cli.render import Screen
 
 
 def configure(parser: Parser) -> None:
@@ -19,8 +19,8 @@ def configure(parser: Parser) -> None:
 
 
 def run(options: Namespace) -> None:
-    from ..config import load_node
-    from ..node.main import run as run_node
+    from relume.config import load_node
+    from relume.node.main import run as run_node
 
     settings = load_node(options.config)
     screen = Screen()

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..errors import RelumeError
+from relume.errors import RelumeError
 
 Row = Mapping[str, Any]
 Columns = Sequence[tuple[str, str]]

@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 
-from ..errors import BadRequest
-from .arguments import Parser
-from .client import NodeClient, segment
-from .environment import given_environment
-from .render import Screen
+from relume.cli.arguments import Parser
+from relume.cli.client import NodeClient, segment
+from relume.cli.environment import given_environment
+from relume.cli.render import Screen
+from relume.errors import BadRequest
 
 
 def configure(parser: Parser) -> None:

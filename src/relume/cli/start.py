@@ -5,10 +5,10 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from .arguments import Parser
-from .client import NodeClient, segment
-from .environment import given_environment
-from .render import Screen, duration
+from relume.cli.arguments import Parser
+from relume.cli.client import NodeClient, segment
+from relume.cli.environment import given_environment
+from relume.cli.render import Screen, duration
 
 
 def configure(parser: Parser) -> None:

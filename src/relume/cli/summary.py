@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..config import AppConfig
+    from relume.config import AppConfig
 
 _MANY = 6
 

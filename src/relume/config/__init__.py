@@ -1,6 +1,6 @@
 """cerebrium.toml and node.toml: models, parsing, errors that name file, line, key and fix."""
 
-from .app import (
+from relume.config.app import (
     CheckpointPolicy,
     CustomRuntime,
     Dependencies,
@@ -13,9 +13,9 @@ from .app import (
     Runtime,
     Scaling,
 )
-from .load import FILE_NAME, AppConfig, load_app, require_app_name
-from .node import Limits, NodeConfig, NodeSettings, RegionSettings, StoreSettings, load_node
-from .warning import ConfigWarning
+from relume.config.load import FILE_NAME, AppConfig, load_app, require_app_name
+from relume.config.node import Limits, NodeConfig, NodeSettings, RegionSettings, StoreSettings, load_node
+from relume.config.warning import ConfigWarning
 
 __all__ = [
     "FILE_NAME",

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from .keys import Key, Table
+from relume.config.keys import Key, Table
 
 SIDECAR_PORT = 8234
 

@@ -13,10 +13,10 @@ import sys
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .app import AppFile, PartnerRuntime
-from .keys import Table, allowed, key_of, leaves
-from .node import NodeFile
-from .warning import shown
+from relume.config.app import AppFile, PartnerRuntime
+from relume.config.keys import Table, allowed, key_of, leaves
+from relume.config.node import NodeFile
+from relume.config.warning import shown
 
 _HEAD = """\
 # Compatibility: every key, and what relume does with it

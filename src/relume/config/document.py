@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from relume.errors import ConfigError
 
 MAX_BYTES = 256 * 1024
 """More than any file written by hand; a model checked in under the wrong name is refused before parsing."""

@@ -14,9 +14,9 @@ from typing import Any, get_args, get_origin
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from .document import Document, Spelled
-from .keys import Table, allowed, leaves, plain_type, table_of
-from .warning import ConfigWarning, Kind, dotted, shown
+from relume.config.document import Document, Spelled
+from relume.config.keys import Table, allowed, leaves, plain_type, table_of
+from relume.config.warning import ConfigWarning, Kind, dotted, shown
 
 Path = tuple[str, ...]
 _MAX_UNKNOWN = 50

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from .app import (
+from relume.config.app import (
     SIDECAR_PORT,
     AppFile,
     Dependencies,
@@ -19,11 +18,12 @@ from .app import (
     Scaling,
     app_name,
 )
-from .document import Document, read
-from .keys import key_of, leaves
-from .lenient import Remarks, misspelt_tables
-from .reader import model_of, value_at, written_keys
-from .warning import ConfigWarning, shown
+from relume.config.document import Document, read
+from relume.config.keys import key_of, leaves
+from relume.config.lenient import Remarks, misspelt_tables
+from relume.config.reader import model_of, value_at, written_keys
+from relume.config.warning import ConfigWarning, shown
+from relume.errors import ConfigError
 
 FILE_NAME = "cerebrium.toml"
 _TOOLS = ("pip", "apt", "conda")

@@ -8,12 +8,12 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from .app import Text, bad
-from .document import read
-from .keys import Key, Table
-from .lenient import Remarks
-from .reader import model_of
-from .warning import ConfigWarning
+from relume.config.app import Text, bad
+from relume.config.document import read
+from relume.config.keys import Key, Table
+from relume.config.lenient import Remarks
+from relume.config.reader import model_of
+from relume.config.warning import ConfigWarning
 
 _SCHEMES = ("file:", "s3:", "gs:", "az:", "memory:")
 

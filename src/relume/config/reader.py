@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ..errors import ConfigError
-from .document import Document
-from .keys import Table, allowed, leaves, table_of
-from .lenient import Remarks, with_known_types, without_unknown
-from .warning import ConfigWarning, dotted, shown
+from relume.config.document import Document
+from relume.config.keys import Table, allowed, leaves, table_of
+from relume.config.lenient import Remarks, with_known_types, without_unknown
+from relume.config.warning import ConfigWarning, dotted, shown
+from relume.errors import ConfigError
 
 T = TypeVar("T", bound=Table)
 _MAX_PROBLEMS = 20
