@@ -1,0 +1,165 @@
+"""How objects are sealed: compressed, encrypted, bound to their name, and where it matters signed.
+
+`seal`/`unseal` are for objects under a key that the reader already has (chunks, and what a manifest names);
+`seal_signed`/`unseal_signed` for those a reader starts from (manifests, working-set lists, builds, layers).
+Opening guarantees: nobody without the keys made or changed a byte, the object is of the kind and under the
+name that was asked for, and unpacking it takes no more memory than its kind may. It does not guarantee
+that it is the newest one (see `region`). docs/format.md has the bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+import secrets
+import struct
+import sys
+from dataclasses import dataclass
+
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from relume.errors import Untrusted
+from relume.store.keys import KEY_BYTES, Epoch, Keyring
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+FORMAT = 1
+_MAGIC = b"relume"
+_HEAD = struct.Struct("<6sBB")
+_SIGNED_HEAD = struct.Struct("<6sBB16sH")
+_NONCE = 12
+_TAG = 16
+_SIGNATURE = 64
+_LEVEL = 1  # measured (bench/store.py): level 3 is half as fast and saves a tenth more
+_MIB = 1 << 20
+
+
+class Kind(enum.IntEnum):
+    CHUNK = 1
+    INDEX = 2
+    IMAGES = 3
+    MANIFEST = 4
+    WORKING_SET_PART = 5
+    WORKING_SET_LIST = 6
+    LAYER = 7
+    BUILD = 8
+
+
+# The largest plain body of a kind, in bytes.
+LIMITS = {
+    Kind.CHUNK: 4 * _MIB,
+    Kind.INDEX: 256 * _MIB,
+    Kind.IMAGES: 256 * _MIB,
+    Kind.MANIFEST: 64 * _MIB,
+    Kind.WORKING_SET_PART: 16 * _MIB,
+    Kind.WORKING_SET_LIST: 64 * _MIB,
+    Kind.LAYER: 64 * _MIB,
+    Kind.BUILD: 64 * _MIB,
+}
+
+
+def stored_limit(kind: Kind) -> int:
+    """The largest stored object of a kind: zstd adds 1/256 at worst, the envelope under 1 KiB."""
+    return LIMITS[kind] + LIMITS[kind] // 256 + 1024
+
+
+def new_data_key() -> bytes:
+    return secrets.token_bytes(KEY_BYTES)
+
+
+def seal(key: bytes, kind: Kind, name: str, plain: bytes) -> bytes:
+    """One object for the store: compressed, then encrypted under `key`, bound to `kind` and `name`."""
+    head = _HEAD.pack(_MAGIC, FORMAT, kind)
+    return b"".join((head, _encrypt(key, head + name.encode(), plain, kind, name)))
+
+
+def unseal(key: bytes, kind: Kind, name: str, data: bytes) -> bytes:
+    """The plain body. Raises Untrusted for anything that `seal` did not make with this key, kind and name."""
+    head = _check_head(data, _HEAD.size, kind, name)
+    return _decrypt(key, head + name.encode(), memoryview(data)[_HEAD.size :], kind, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A signed object that was opened: its body, who signed it, and the data key of what it names."""
+
+    body: bytes
+    epoch: Epoch
+    data_key: bytes
+
+
+def seal_signed(keyring: Keyring, kind: Kind, name: str, plain: bytes, data_key: bytes) -> bytes:
+    """One signed object, by the keyring's writing epoch."""
+    epoch = keyring.writer
+    wrapped = keyring.wrapper(epoch).wrap(name, data_key)
+    head = _SIGNED_HEAD.pack(_MAGIC, FORMAT, kind, epoch.id, len(wrapped)) + wrapped
+    sealed = head + _encrypt(data_key, head + name.encode(), plain, kind, name)
+    return sealed + epoch.private_key.sign(_signed_message(name, sealed))
+
+
+def unseal_signed(keyring: Keyring, kind: Kind, name: str, data: bytes) -> Opened:
+    """Raises Untrusted unless the node or its region signed exactly this object under exactly this name."""
+    _check_head(data, _SIGNED_HEAD.size + _SIGNATURE, kind, name)
+    _, _, _, signer, wrapped_size = _SIGNED_HEAD.unpack_from(data)
+    epoch = keyring.epoch(signer, name)
+    sealed, signature = data[:-_SIGNATURE], data[-_SIGNATURE:]
+    try:
+        epoch.public_key.verify(signature, _signed_message(name, sealed))
+    except InvalidSignature:
+        raise Untrusted(
+            f"the signature of {name} is wrong: it was changed, or is a copy of another object"
+        ) from None
+    body_at = _SIGNED_HEAD.size + wrapped_size
+    data_key = keyring.wrapper(epoch).unwrap(name, sealed[_SIGNED_HEAD.size : body_at])
+    body = _decrypt(data_key, sealed[:body_at] + name.encode(), memoryview(sealed)[body_at:], kind, name)
+    return Opened(body, epoch, data_key)
+
+
+def _signed_message(name: str, sealed: bytes) -> bytes:
+    return b"relume signed object 1\n" + name.encode() + b"\n" + sealed
+
+
+def _check_head(data: bytes, least: int, kind: Kind, name: str) -> bytes:
+    if len(data) < least + _NONCE + _TAG or data[: len(_MAGIC)] != _MAGIC:
+        raise Untrusted(f"{name} is not an object of relume, or was cut short ({len(data)} bytes)")
+    _, version, found = _HEAD.unpack_from(data)
+    if version != FORMAT:
+        raise Untrusted(
+            f"{name} has format version {version}; this relume reads version {FORMAT}",
+            hint="Another version of relume wrote it. Use the same version on all nodes of a region.",
+        )
+    if found != kind:
+        raise Untrusted(f"{name} is an object of kind {found}, not {kind.name.lower()}")
+    return data[: _HEAD.size]
+
+
+def _encrypt(key: bytes, bound: bytes, plain: bytes, kind: Kind, name: str) -> bytes:
+    if len(plain) > LIMITS[kind]:
+        raise Untrusted(
+            f"{name} would have {len(plain)} bytes; a {kind.name.lower()} has at most {LIMITS[kind]}"
+        )
+    nonce = secrets.token_bytes(_NONCE)
+    return nonce + AESGCM(key).encrypt(nonce, zstd.compress(plain, _LEVEL), bound)
+
+
+def _decrypt(key: bytes, bound: bytes, sealed: memoryview, kind: Kind, name: str) -> bytes:
+    try:
+        packed = AESGCM(key).decrypt(bytes(sealed[:_NONCE]), sealed[_NONCE:], bound)
+    except InvalidTag:
+        raise Untrusted(f"{name} does not decrypt: it was changed, moved, or made with another key") from None
+    try:
+        size = zstd.get_frame_info(packed).decompressed_size
+        if size is None or size > LIMITS[kind]:
+            raise Untrusted(
+                f"{name} unpacks to {size} bytes; a {kind.name.lower()} has at most {LIMITS[kind]}"
+            )
+        unpacker = zstd.ZstdDecompressor()
+        plain = unpacker.decompress(packed, max_length=size)
+        if len(plain) != size or (not unpacker.eof and size):
+            raise Untrusted(f"{name} does not unpack to the {size} bytes it says")
+    except zstd.ZstdError as error:
+        raise Untrusted(f"{name} does not unpack: {error}") from None
+    return plain

@@ -1,0 +1,210 @@
+"""The region as a node sees it: one store, the keys, the leases, the cache. The room's front door.
+
+Everything here blocks and is safe to call from several threads; an asyncio caller uses `asyncio.to_thread`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from relume.store import archive, gc, layers
+from relume.store.cache import Cache
+from relume.store.exclusive import prove_exclusive
+from relume.store.fetch import Fetched, fetch, fill
+from relume.store.keys import Keyring, KeyWrapper, load_own_key, load_region_key
+from relume.store.layers import LAYERS, BuildRecord
+from relume.store.lease import LEASE_SECONDS, Lease, Leases
+from relume.store.manifest import Manifest, read_manifest
+from relume.store.names import CheckpointName, lease
+from relume.store.objects import Counters, Objects, Patience
+from relume.store.publish import LocalCheckpoint, generations, publish, wait_for_sweep
+from relume.store.seen import Seen
+from relume.store.upload import Limits, Progress
+from relume.store.verify import Verdict, verify
+from relume.store.working_set import PageRun, publish_working_set, read_from_files
+
+
+@dataclass(frozen=True, slots=True)
+class RegionConfig:
+    """`[store]` and `[region]` of node.toml. `cache_bytes` bounds the node's cache on disk."""
+
+    url: str
+    key_file: Path | None = None
+    cache_bytes: int = 50_000_000_000
+    limits: Limits = field(default_factory=Limits)
+    patience: Patience = field(default_factory=Patience)
+    lease_s: float = LEASE_SECONDS
+    grace_s: float = gc.GRACE_SECONDS
+
+
+class Region:
+    """Open one per process. `state` is a directory of this node: its own key, the cache, what it has seen."""
+
+    def __init__(
+        self, config: RegionConfig, state: Path, node: str, *, kms: KeyWrapper | None = None
+    ) -> None:
+        """Raises ConfigError for a URL or key file that will not do. Talks to nobody yet."""
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.config = config
+        self.node = node
+        self.objects = Objects(config.url, patience=config.patience)
+        self.keyring = Keyring(load_own_key(state / "node.key"), load_region_key(config.key_file), kms=kms)
+        self.leases = Leases(self.objects, node, seconds=config.lease_s)
+        self.cache = Cache(state / "cache", config.cache_bytes)
+        self._seen = Seen(state / "seen.json")
+        self._state = state
+
+    @property
+    def counters(self) -> Counters:
+        """Requests and bytes so far, for a start's trace."""
+        return self.objects.counters
+
+    def prove(self) -> None:
+        """At the node's start: refuse a store whose create-if-absent does not exclude. Raises StoreError."""
+        prove_exclusive(self.objects)
+
+    # Making a checkpoint
+
+    def lease(self, app: str, build: str, platform: str) -> Lease:
+        """Take the right to make the checkpoint; use it as `with region.lease(...).kept() as lease`.
+
+        Raises Conflict (`reason` in its details is `in_progress`) while another instance anywhere is at it.
+        """
+        return self.leases.acquire(lease(build, platform), tenant=app)
+
+    def publish(self, lease: Lease, source: LocalCheckpoint, progress: Progress | None = None) -> Manifest:
+        """Upload and publish; call again after a failure, it goes on where it was. Raises Superseded, StoreError."""
+        return publish(
+            self.objects,
+            self.keyring,
+            self.leases,
+            lease,
+            source,
+            node=self.node,
+            limits=self.config.limits,
+            progress=progress or Progress(),
+            scratch=self._state,
+        )
+
+    def publish_working_set(
+        self,
+        manifest: Manifest,
+        runs: Iterable[PageRun],
+        images: Path | None = None,
+        read: Callable[[PageRun], bytes] | None = None,
+    ) -> int:
+        """Publish what was learned: `runs` in touch order, from whole page images in `images` or by `read`."""
+        if read is None:
+            if images is None:
+                raise ValueError("give images or read")
+            read = read_from_files(images)
+        return publish_working_set(self.objects, self.keyring, manifest.app, manifest.name, runs, read)
+
+    # Using one
+
+    def find(self, build: str, platform: str) -> Manifest | None:
+        """The newest checkpoint of a build for a platform key; None if there is none.
+
+        Raises Untrusted for one that is forged, foreign, or older than one seen before: boot cold and say why.
+        """
+        found = generations(self.objects, build, platform)
+        if not found:
+            return None
+        name = CheckpointName(build, platform, found[-1])
+        manifest, _ = read_manifest(self.objects, self.keyring, name)
+        self._seen.accept(name)
+        return manifest
+
+    def platforms(self, build: str) -> list[str]:
+        """The platform keys for which the store has checkpoints of a build."""
+        return sorted({name.platform for name in self.names(build)})
+
+    def fetch(self, name: CheckpointName) -> Fetched:
+        """What a restore needs to begin; pages follow through `Fetched.pages`. Raises Untrusted, StoreError."""
+        return fetch(self.objects, self.keyring, self.cache, name)
+
+    def fill(self, fetched: Fetched, parallel: int = 4) -> bool:
+        """The rest behind the first answer; True when the next start is local."""
+        return fill(fetched, self.cache, parallel)
+
+    def pull(self, name: CheckpointName) -> None:
+        """Fetch all of a checkpoint into the cache."""
+        fetched = self.fetch(name)
+        try:
+            fetched.pages.prefetch()
+            self.fill(fetched)
+        finally:
+            fetched.close()
+
+    # Looking after them
+
+    def names(self, build: str = "") -> list[CheckpointName]:
+        """The newest visible checkpoint of every build (or of one) and platform."""
+        newest: dict[tuple[str, str], CheckpointName] = {}
+        gone: set[CheckpointName] = set()
+        infos = self.objects.list(f"checkpoint/{build}" if build else "checkpoint")
+        for info in infos:
+            if (name := CheckpointName.parse(info.name)) is not None and info.name == name.removed:
+                gone.add(name)
+        for info in infos:
+            name = CheckpointName.parse(info.name)
+            if name is not None and info.name == name.manifest and name not in gone:
+                key = (name.build, name.platform)
+                newest[key] = max(name, newest.get(key, name))
+        return sorted(newest.values())
+
+    def manifest(self, name: CheckpointName) -> Manifest:
+        """Raises ObjectMissing, Untrusted, StoreError."""
+        return read_manifest(self.objects, self.keyring, name)[0]
+
+    def verify(self, name: CheckpointName) -> Verdict:
+        return verify(self.objects, self.keyring, name)
+
+    def remove(self, name: CheckpointName) -> None:
+        """Out of sight at once, here and in the cache; the bytes go with a collection after the grace period."""
+        gc.remove(self.objects, name)
+        self.cache.evict(name.id)
+
+    def collect(self, *, dry_run: bool = True) -> gc.Report:
+        """Garbage collection. Raises Conflict, StoreError, Untrusted (see gc)."""
+        return gc.collect(
+            self.objects, self.keyring, self.leases, grace_s=self.config.grace_s, dry_run=dry_run
+        )
+
+    def export(self, name: CheckpointName, path: Path) -> None:
+        archive.export_file(self.objects, self.keyring, name, path)
+
+    def import_(self, file: BinaryIO) -> CheckpointName:
+        return archive.import_(self.objects, self.keyring, self.leases, file)
+
+    # Builds
+
+    def find_build(self, app: str, inputs: str) -> BuildRecord | None:
+        return layers.find_build(self.objects, self.keyring, app, inputs)
+
+    def publish_build(
+        self, build: BuildRecord, files: dict[str, Path], progress: Progress | None = None
+    ) -> BuildRecord:
+        """Upload the layers (digest -> file) and then the build; returns the region's build of these inputs.
+
+        Raises Conflict while another node publishes the same build, StoreError.
+        """
+        with self.leases.acquire(lease(build.inputs, "build"), tenant=LAYERS).kept() as held:
+            wait_for_sweep(self.leases, held)
+            for ref in build.layers:
+                layers.publish_layer(
+                    self.objects,
+                    self.keyring,
+                    ref.digest,
+                    files[ref.digest],
+                    limits=self.config.limits,
+                    progress=progress or Progress(),
+                )
+            held.check()
+            return layers.publish_build(self.objects, self.keyring, build)
+
+    def fetch_layer(self, digest: str, file: Path) -> None:
+        layers.fetch_layer(self.objects, self.keyring, digest, file)

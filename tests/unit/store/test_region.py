@@ -1,0 +1,285 @@
+"""The whole way, over a directory: publish on one node, start on another, remove, collect."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from relume.errors import Conflict, ObjectMissing, StoreError, Superseded, Untrusted
+from relume.store import CheckpointName, LocalCheckpoint, PageRun, Progress, Region
+from relume.store.chunks import PAGE
+
+from .conftest import write_checkpoint
+
+Nodes = Callable[..., Region]
+
+
+def published(region: Region, source: LocalCheckpoint) -> CheckpointName:
+    with region.lease(source.app, source.build, source.platform).kept() as lease:
+        return region.publish(lease, source).name
+
+
+def same_pages(directory: Path, source: LocalCheckpoint) -> bool:
+    return all(
+        (directory / name).read_bytes() == (source.images / name).read_bytes() for name in ("pages-1.img", "pages-2.img")
+    )
+
+
+def test_another_node_gets_the_same_bytes(node: Nodes, checkpoint: LocalCheckpoint) -> None:
+    published(node("a"), checkpoint)
+    b = node("b")
+    manifest = b.find("build-1", "x86-1")
+    assert manifest is not None
+    assert (manifest.app, manifest.node, manifest.facts, manifest.layers) == ("an-app", "a", {"processes": 2}, ("a" * 64,))
+    fetched = b.fetch(manifest.name)
+    assert not fetched.complete
+    assert (fetched.images / "inventory.img").read_bytes() == b"inventory" * 100
+    assert fetched.held is not None
+    assert (fetched.held / "tmp" / "open-file").read_text() == "held"
+    assert (fetched.directory / "checkpoint.json").read_text() == "{}"
+    assert b.fill(fetched)
+    assert same_pages(fetched.images, checkpoint)
+    fetched.close()
+    read = b.counters.bytes_read
+    again = b.fetch(manifest.name)
+    assert again.complete
+    assert b.counters.bytes_read == read
+    again.close()
+
+
+def test_pages_come_on_demand_and_only_those(node: Nodes, checkpoint: LocalCheckpoint) -> None:
+    name = published(node("a"), checkpoint)
+    b = node("b")
+    fetched = b.fetch(name)
+    before = b.counters.requests
+    fetched.pages.ensure("pages-2.img", 3, 2)
+    assert b.counters.requests == before + 1
+    fetched.pages.ensure("pages-2.img", 3, 2)
+    fetched.pages.ensure("pages-1.img", 7, 1)  # a zero page
+    assert b.counters.requests == before + 1
+    original = (checkpoint.images / "pages-2.img").read_bytes()
+    with fetched.pages.path("pages-2.img").open("rb") as file:
+        assert file.read(5 * PAGE)[3 * PAGE :] == original[3 * PAGE : 5 * PAGE]
+    fetched.close()
+
+
+def test_the_working_set_comes_in_few_requests(node: Nodes, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "large", pages=6000)
+    a, b = node("a"), node("b")
+    manifest = a.manifest(published(a, source))
+    runs = [PageRun("pages-1.img", first, 6) for first in range(5993, 0, -70)] + [PageRun("pages-2.img", 0, 40)]
+    assert a.publish_working_set(manifest, runs, source.images) == 1
+    fetched = b.fetch(manifest.name)
+    before, read = b.counters.requests, b.counters.bytes_read
+    fetched.pages.prefetch()
+    assert b.counters.requests == before + 1
+    assert fetched.pages.working_set is not None
+    assert b.counters.bytes_read - read == fetched.pages.working_set.stored_bytes
+    for run in runs:
+        fetched.pages.ensure(run.stream, run.first, run.pages)
+    assert b.counters.requests == before + 1
+    assert b.fill(fetched)
+    assert same_pages(fetched.images, source)
+    fetched.close()
+
+
+def test_a_fault_in_the_working_set_asks_for_its_part_once(node: Nodes, checkpoint: LocalCheckpoint) -> None:
+    a, b = node("a"), node("b")
+    manifest = a.manifest(published(a, checkpoint))
+    a.publish_working_set(manifest, [PageRun("pages-1.img", 1, 600)], checkpoint.images)
+    fetched = b.fetch(manifest.name)
+    before = b.counters.requests
+    threads = [threading.Thread(target=fetched.pages.ensure, args=("pages-1.img", at, 10)) for at in range(1, 500, 50)]
+    for thread in threads:
+        thread.start()
+    fetched.pages.prefetch()
+    for thread in threads:
+        thread.join()
+    assert b.counters.requests == before + 1
+    fetched.close()
+
+
+def test_a_second_build_brings_only_what_changed(node: Nodes, tmp_path: Path) -> None:
+    a = node("a")
+    first = write_checkpoint(tmp_path / "one", pages=8000)
+    second = write_checkpoint(tmp_path / "two", pages=8000, build="build-2")
+    pages = (second.images / "pages-1.img").read_bytes()
+    moved = b"\7" * PAGE * 3 + pages[: 4000 * PAGE] + b"\5" * PAGE + pages[4001 * PAGE :]
+    (second.images / "pages-1.img").write_bytes(moved)
+    whole = a.manifest(published(a, first)).sizes
+    added = a.manifest(published(a, second)).sizes
+    assert whole.new_stored == whole.stored
+    assert added.new_stored <= 0.15 * whole.stored
+    assert added.shared_percent > 85
+
+
+def test_only_one_makes_it(node: Nodes, checkpoint: LocalCheckpoint) -> None:
+    a, b = node("a"), node("b")
+    with a.lease("an-app", "build-1", "x86-1").kept() as lease:
+        with pytest.raises(Conflict) as refusal:
+            b.lease("an-app", "build-1", "x86-1")
+        assert refusal.value.details["reason"] == "in_progress"
+        a.publish(lease, checkpoint)
+    assert b.lease("an-app", "build-1", "x86-1").number == 2
+
+
+def test_a_late_writer_cannot_publish_over_a_newer_one(node: Nodes, checkpoint: LocalCheckpoint) -> None:
+    a, b = node("a"), node("b")
+    late = a.lease("an-app", "build-1", "x86-1")  # and never renews
+    with pytest.raises(Conflict):
+        b.lease("an-app", "build-1", "x86-1")
+    threading.Event().wait(0.7)
+    with b.lease("an-app", "build-1", "x86-1").kept() as lease:
+        assert lease.number == 2
+        b.publish(lease, checkpoint)
+    with pytest.raises(Superseded):
+        a.publish(late, checkpoint)
+    assert [name.generation for name in b.names()] == [2]
+
+
+def test_an_older_genuine_manifest_is_refused(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:
+    a = node("a")
+    published(a, checkpoint)
+    newest = published(a, checkpoint)
+    b = node("b")
+    assert b.find("build-1", "x86-1") == a.manifest(newest)
+    (tmp_path / "store" / newest.manifest).unlink()
+    with pytest.raises(Untrusted, match="has seen 2"):
+        node("b").find("build-1", "x86-1")
+
+
+def test_a_manifest_under_another_name_is_refused(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:
+    a = node("a")
+    name = published(a, checkpoint)
+    for other in (CheckpointName("build-2", "x86-1", 1), CheckpointName("build-1", "x86-1", 9)):
+        copy = tmp_path / "store" / other.manifest
+        copy.parent.mkdir(parents=True)
+        copy.write_bytes((tmp_path / "store" / name.manifest).read_bytes())
+        with pytest.raises(Untrusted, match="signature"):
+            node("b").find(other.build, other.platform)
+
+
+def test_without_the_regions_key_nothing_is_accepted(node: Nodes, checkpoint: LocalCheckpoint) -> None:
+    published(node("a"), checkpoint)
+    with pytest.raises(Untrusted, match="neither this node's nor its region's"):
+        node("stranger", key_file=None).find("build-1", "x86-1")
+
+
+@pytest.mark.parametrize("kind", ["chunk", "index", "images", "manifest"])
+def test_one_flipped_bit_is_a_refusal(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path, kind: str) -> None:
+    name = published(node("a"), checkpoint)
+    if kind == "chunk":
+        victims = [path for path in (tmp_path / "store" / "chunk").rglob("*") if path.is_file()]
+    else:
+        victims = [tmp_path / "store" / getattr(name, kind)]
+    for victim in victims:
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    b = node("b")
+    assert not b.verify(name).clean
+    with pytest.raises(Untrusted):
+        manifest = b.find("build-1", "x86-1")
+        assert manifest is not None
+        b.pull(manifest.name)
+
+
+def test_a_bad_working_set_costs_time_only(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:
+    a, b = node("a"), node("b")
+    manifest = a.manifest(published(a, checkpoint))
+    a.publish_working_set(manifest, [PageRun("pages-1.img", 1, 600)], checkpoint.images)
+    part = tmp_path / "store" / manifest.name.working_sets / "1" / "0"
+    part.write_bytes(part.read_bytes()[:-1] + b"\0")
+    fetched = b.fetch(manifest.name)
+    fetched.pages.prefetch()
+    fetched.pages.ensure("pages-1.img", 1, 600)
+    assert b.fill(fetched)
+    assert same_pages(fetched.images, checkpoint)
+    fetched.close()
+    assert not b.verify(manifest.name).clean
+
+
+def test_what_the_cache_holds_is_not_trusted_either(node: Nodes, checkpoint: LocalCheckpoint) -> None:
+    b = node("b")
+    name = published(node("a"), checkpoint)
+    fetched = b.fetch(name)
+    fetched.pages.ensure("pages-1.img", 0, 300)
+    fetched.close()
+    image = fetched.images / "pages-1.img"
+    data = bytearray(image.read_bytes())
+    data[PAGE * 10] ^= 1
+    image.write_bytes(data)
+    b.pull(name)
+    assert same_pages(fetched.images, checkpoint)
+    (fetched.directory / "index.sealed").write_bytes(b"nonsense")
+    with pytest.raises(Untrusted):
+        b.fetch(name)
+    b.pull(name)  # the damaged entry is gone
+
+
+def test_a_directory_store_is_private(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:
+    published(node("a"), checkpoint)
+    assert (tmp_path / "store").stat().st_mode & 0o777 == 0o700
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "store").rglob("*") if path.is_file()}
+    assert modes == {0o600}
+
+
+def test_progress_ends_at_the_end(node: Nodes, checkpoint: LocalCheckpoint) -> None:
+    a, progress = node("a"), Progress()
+    with a.lease("an-app", "build-1", "x86-1").kept() as lease:
+        a.publish(lease, checkpoint, progress)
+    assert progress.finished
+    assert str(progress).startswith("8")  # zero pages are of the total, and never sent
+    assert 0 < progress.sent < progress.total
+
+
+def test_export_and_import(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:
+    a = node("a")
+    name = published(a, checkpoint)
+    a.export(name, tmp_path / "one.relume")
+    with (tmp_path / "one.relume").open("rb") as file, pytest.raises(Conflict, match="not newer"):
+        a.import_(file)
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    b = node("b")
+    data = bytearray((tmp_path / "one.relume").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "bad.relume").write_bytes(data)
+    with (tmp_path / "bad.relume").open("rb") as file, pytest.raises(Untrusted):
+        b.import_(file)
+    assert b.names() == []
+    with (tmp_path / "one.relume").open("rb") as file:
+        assert b.import_(file) == name
+    assert b.verify(name).clean
+    b.pull(name)
+    assert published(b, checkpoint).generation > name.generation
+
+
+def test_layers_and_builds(node: Nodes, tmp_path: Path) -> None:
+    from relume.store import BuildRecord, LayerRef
+
+    a, b = node("a"), node("b")
+    layer = tmp_path / "layer.tar"
+    layer.write_bytes(b"a layer" * 100_000)
+    ref = LayerRef(digest="d" * 64, size=layer.stat().st_size)
+    build = BuildRecord(app="an-app", inputs="inputs-1", facts={"numpy": "2.0"}, layers=(ref,))
+    assert b.find_build("an-app", "inputs-1") is None
+    assert a.publish_build(build, {"d" * 64: layer}) == build
+    assert b.find_build("an-app", "inputs-1") == build
+    other = build.model_copy(update={"facts": {"numpy": "2.1"}})
+    assert b.publish_build(other, {"d" * 64: layer}) == build
+    b.fetch_layer("d" * 64, tmp_path / "copy.tar")
+    assert (tmp_path / "copy.tar").read_bytes() == layer.read_bytes()
+    with pytest.raises(ObjectMissing):
+        b.fetch_layer("e" * 64, tmp_path / "none.tar")
+
+
+def test_a_store_that_is_gone_is_a_clear_error(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:
+    a = node("a")
+    lease = a.lease("an-app", "build-1", "x86-1")
+    (tmp_path / "store").rename(tmp_path / "away")
+    (tmp_path / "store").write_text("in the way")
+    with pytest.raises(StoreError):
+        a.publish(lease, checkpoint)
