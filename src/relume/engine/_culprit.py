@@ -23,4 +23,5 @@ class Culprit:
         return {"pid": self.pid, "process": self.process, "what": self.what, "hint": self.hint}
 
     def __str__(self) -> str:
-        return f"{self.process} (pid {self.pid}) {self.what}" if self.pid else self.what
+        name = f"{self.process} (pid {self.pid})" if self.pid else self.process
+        return f"{name} {self.what}".lstrip()

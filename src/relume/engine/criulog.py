@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 
 from relume.engine._criu_rules import ANYWHERE, DUMP, NOISE, RESTORE, Kind, Rule
 from relume.engine._culprit import Culprit
 from relume.linux import proc
 
-__all__ = ["Culprit", "Explanation", "Who", "explain", "known"]
+__all__ = ["Culprit", "Explanation", "Who", "explain", "explain_text", "living"]
 
 _ERROR = re.compile(r"Error \((?P<place>[^)]*)\): (?P<text>.*)")
 _PID = re.compile(r"\(pid: (?P<pid>\d+)[ )]")
@@ -34,23 +35,29 @@ class Explanation:
     culprits: tuple[Culprit, ...] = ()
 
 
-def known(pids: Iterable[int]) -> dict[int, Who]:
-    """Who the processes with these host pids are, for :func:`explain`; to be asked while they live."""
-    found = {}
-    for pid in pids:
-        try:
-            status = proc.status(pid)
-        except proc.GONE:
-            continue
-        found[pid] = (status.inside, status.name)
-    return found
+def living(pid: int) -> Who | None:
+    """Who the process with this host pid is, while it lives (it does after a failed dump)."""
+    try:
+        status = proc.status(pid)
+    except proc.GONE:
+        return None
+    return status.inside, status.name
 
 
-def explain(log: str, processes: Mapping[int, Who]) -> Explanation:
-    """What the text of a log of CRIU's (verbosity 1 or more) says went wrong; the first cause counts.
+def explain(log: Path, *, who: Callable[[int], Who | None] = living) -> Explanation:
+    """What CRIU's log file says went wrong; the first cause counts. ``reason`` is "" if it says nothing.
 
-    ``processes`` is from :func:`known`; a pid that is not in it is given as the log has it.
+    ``who`` turns a host pid into a name; for a pid that it does not know, the culprit is "a process".
     """
+    try:
+        text = log.read_text(errors="replace")
+    except FileNotFoundError:
+        return Explanation("", "engine")
+    return explain_text(text, who=who)
+
+
+def explain_text(log: str, *, who: Callable[[int], Who | None] = living) -> Explanation:
+    """:func:`explain` for the text of a log (verbosity 1 or more)."""
     lines = log.splitlines()
     unknown: list[str] = []
     for number, line in enumerate(lines):
@@ -60,22 +67,20 @@ def explain(log: str, processes: Mapping[int, Who]) -> Explanation:
         for rule in _RULES:
             match = rule.pattern.search(error["text"])
             if match is not None:
-                return _told(rule, match, _whose(lines, number, match), processes)
+                return _told(rule, match, who(_whose(lines, number, match)))
         unknown.append(error["text"].strip())
     if unknown:
         return Explanation(f"CRIU: {'; '.join(dict.fromkeys(unknown[:3]))}", "engine")
-    return Explanation("CRIU failed without saying why", "engine", "see the node's log")
+    return Explanation("", "engine")
 
 
-def _told(rule: Rule, match: re.Match[str], pid: int, processes: Mapping[int, Who]) -> Explanation:
-    words = {name: value or "" for name, value in match.groupdict().items()}
-    what = rule.what.format(**words)
-    if not rule.names_process:
-        culprits = (Culprit(0, "", what, rule.hint),) if rule.kind in ("unsupported", "busy") else ()
-        return Explanation(what, rule.kind, rule.hint, culprits)
-    inside, name = processes.get(pid, (pid, "a process"))
-    culprit = Culprit(inside, name, what, rule.hint)
-    return Explanation(str(culprit) if inside else f"a process {what}", rule.kind, rule.hint, (culprit,))
+def _told(rule: Rule, match: re.Match[str], who: Who | None) -> Explanation:
+    what = rule.what.format(**{name: value or "" for name, value in match.groupdict().items()})
+    if rule.kind not in ("unsupported", "busy"):
+        return Explanation(what, rule.kind, rule.hint)
+    pid, name = (who or (0, "a process")) if rule.names_process else (0, "")
+    culprit = Culprit(pid, name, what, rule.hint)
+    return Explanation(str(culprit), rule.kind, rule.hint, (culprit,))
 
 
 def _whose(lines: list[str], number: int, match: re.Match[str]) -> int:
