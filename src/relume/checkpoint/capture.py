@@ -139,12 +139,11 @@ class Capturer:
         looked = await asyncio.to_thread(self._look, subject)
         if isinstance(looked, dict):
             return looked
-        expected = looked
         directory, intent = self._shelf.begin(
             instance_id=subject.instance_id, app=subject.app, build_id=subject.build_id, now=time.time()
         )
         try:
-            result = await subject.keeper.dump(self._job(subject, intent, directory, expected))
+            result = await subject.keeper.dump(self._job(subject, intent, directory, looked))
             return await self._finish(subject, intent, result)
         except RelumeError as error:
             self._shelf.abandon(intent.dump_id)

@@ -109,6 +109,7 @@ class Shelf:
     def publish(self, dump_id: str, checkpoint: Checkpoint) -> None:
         """Make it visible: everything to disk, then the name. Raises OSError (then nothing is visible)."""
         directory = self.making(dump_id)
+        _close_to_others(directory / "images")
         (directory / "checkpoint.json").write_text(json.dumps(dataclasses.asdict(checkpoint)))
         (directory / "intent.json").unlink()
         _sync_tree(directory)
@@ -196,6 +197,13 @@ def size_of(directory: Path) -> int:
     for parent, _, files in os.walk(directory):
         total += sum(os.lstat(os.path.join(parent, name)).st_blocks * 512 for name in files)  # noqa: PTH118
     return total
+
+
+def _close_to_others(images: Path) -> None:
+    """The host's root and its group only; why the group, see relume.node.ground."""
+    images.chmod(0o750)
+    for path in images.iterdir():
+        path.chmod(0o640)
 
 
 def _sync_tree(directory: Path) -> None:

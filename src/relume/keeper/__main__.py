@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ SOCKET = "keeper.sock"
 def main() -> None:
     """Become the keeper; the one argument is a :class:`Container` as JSON."""
     container = Container(**json.loads(sys.argv[1]))
+    os.umask(0o022)  # runc makes cgroups and mount points, and the mapped root must be able to look at them
     process.become_subreaper()
     process.set_name("relume-keeper")
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):

@@ -85,10 +85,11 @@ def _unescape(field: bytes) -> bytes:
     return field.decode("unicode_escape").encode("latin-1") if b"\\" in field else field
 
 
-def user_namespace(base: int, count: int = 65536) -> int:
+def user_namespace(base: int, count: int = 65536, *, groups: int | None = None) -> int:
     """A descriptor of a new user namespace in which id 0 is ``base`` outside, ``count`` ids long.
 
-    Nobody lives in it: the process that made it is gone, the descriptor keeps it. Close it after use.
+    ``groups`` is the same for group ids, where it differs. Nobody lives in it: the process that made it is
+    gone, the descriptor keeps it. Close it after use.
     """
     ready_r, ready_w = os.pipe()
     child = os.fork()
@@ -104,9 +105,8 @@ def user_namespace(base: int, count: int = 65536) -> int:
     try:
         if os.read(ready_r, 1) != b"1":
             raise OSError("no user namespace can be made (see `relume doctor`)")
-        mapping = f"0 {base} {count}\n"
-        for name in ("uid_map", "gid_map"):
-            Path(f"/proc/{child}/{name}").write_text(mapping)
+        for name, outside in (("uid_map", base), ("gid_map", base if groups is None else groups)):
+            Path(f"/proc/{child}/{name}").write_text(f"0 {outside} {count}\n")
         return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(ready_r)

@@ -32,7 +32,7 @@ class Ground:
     def __init__(self, places: Places, runc: Runc) -> None:
         self._places = places
         self._runc = runc
-        self._namespaces: dict[int, int] = {}
+        self._namespaces: dict[tuple[int, int], int] = {}
 
     def prepare(self, places: InstancePlaces) -> None:
         """The empty directories of a spare instance."""
@@ -67,8 +67,14 @@ class Ground:
         mounts.overlay(lowers, places.upper, places.work, places.rootfs, options=handles)
 
     def show_images(self, places: InstancePlaces, images: Path, *, id_base: int) -> None:
-        """Make ``images`` readable for the mapped root, read-only, at the instance's ``images``."""
-        mounts.bind_idmapped(images, places.images, self._namespace(id_base), readonly=True)
+        """Make ``images`` readable for CRIU's processes, read-only, at the instance's ``images``.
+
+        They read as the mapped root, whom the files then belong to; but the first of them opens
+        timens-0.img when its user namespace exists and its maps are not written yet (CRIU writes them at the
+        same time), so that it is the host's root without any capability. Hence the group: it stays the
+        host's root, and the files are 0640.
+        """
+        mounts.bind_idmapped(images, places.images, self._namespace(id_base, groups=0), readonly=True)
 
     def bundle(
         self,
@@ -136,10 +142,11 @@ class Ground:
         for descriptor in self._namespaces.values():
             os.close(descriptor)
 
-    def _namespace(self, id_base: int) -> int:
-        if id_base not in self._namespaces:
-            self._namespaces[id_base] = mounts.user_namespace(id_base)
-        return self._namespaces[id_base]
+    def _namespace(self, id_base: int, *, groups: int | None = None) -> int:
+        key = (id_base, id_base if groups is None else groups)
+        if key not in self._namespaces:
+            self._namespaces[key] = mounts.user_namespace(id_base, groups=groups)
+        return self._namespaces[key]
 
 
 def _resolv_conf() -> str:

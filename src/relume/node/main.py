@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -35,16 +36,22 @@ async def _serve(config: NodeConfig, state: Path) -> None:
         await node.open()
         runner = web.AppRunner(application(node), access_log=None, shutdown_timeout=2.0)
         await runner.setup()
-        socket = node.places.socket
-        socket.unlink(missing_ok=True)  # the lock on the state says that nobody listens there
-        old = os.umask(0o177)
-        try:
-            await web.UnixSite(runner, str(socket)).start()
-        finally:
-            os.umask(old)
-        logging.getLogger(__name__).info("node %s serves %s", node.places.node_id, socket)
+        await web.SockSite(runner, _listener(node.places.socket)).start()
+        logging.getLogger(__name__).info("node %s serves %s", node.places.node_id, node.places.socket)
         await stop.wait()
-        socket.unlink(missing_ok=True)
+        node.places.socket.unlink(missing_ok=True)
         await runner.cleanup()
     finally:
         await node.close()
+
+
+def _listener(path: Path) -> socket.socket:
+    """A listening unix socket that only root can connect to, from its first moment."""
+    path.unlink(missing_ok=True)  # the lock on the state says that nobody listens there
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    old = os.umask(0o177)
+    try:
+        made.bind(str(path))
+    finally:
+        os.umask(old)
+    return made
