@@ -27,6 +27,8 @@ START_TIMEOUT_S: Final = 60.0
 """cuInit: 2.7 s were seen on a machine with eight GPUs; a GPU without persistence mode wakes up slower."""
 QUERY_TIMEOUT_S: Final = 10.0
 UNLOCK_TIMEOUT_S: Final = 30.0
+LOCK_GRACE_S: Final = 2.0
+"""What a driver gets on top of the lock's time-out, which it keeps itself."""
 
 
 class AsyncGpuDriver(Protocol):
@@ -93,9 +95,8 @@ class DriverHelper:
         return int(await self._driver_call("restore_thread_id", {"pid": pid}, QUERY_TIMEOUT_S))
 
     async def lock(self, pid: int, timeout_s: float) -> None:
-        # The driver keeps the time itself and leaves the process running; ours is for a driver that does not.
         args = {"pid": pid, "timeout_ms": max(1, int(timeout_s * 1000))}
-        await self._driver_call("lock", args, timeout_s + QUERY_TIMEOUT_S)
+        await self._driver_call("lock", args, timeout_s + LOCK_GRACE_S)
 
     async def checkpoint(self, pid: int, timeout_s: float) -> None:
         await self._driver_call("checkpoint", {"pid": pid}, timeout_s)

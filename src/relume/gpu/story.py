@@ -122,6 +122,7 @@ class GpuCheckpointer:
         if busy:
             # Left over from a node that died between the two calls. Bring it back first, then go on.
             await self.recover([process.pid for process in busy])
+            census = await take_census(self.driver, [process.pid for process in census.cuda])
         try:
             lock_s = {process.pid: await self._lock(process) for process in census.cuda}
             done = [await self._checkpoint(process, lock_s[process.pid]) for process in census.cuda]

@@ -1,6 +1,6 @@
 """Builds the fake driver of fake_libcuda.c and lays out the machine it reports; shared by tests and gpu-check --fake.
 
-Run as a program it builds into the folder given and prints the environment to use: ``fake.py DIR``.
+Run as a program it builds into the folder given and prints the environment to use: ``fake_driver.py DIR``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,57 @@
+"""What /proc and NVML say of processes; arithmetic of address ranges."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+
+from cuda_app import App
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relume.gpu.client import DriverHelper
+from relume.gpu.driver import ProcessState
+from relume.gpu.processes import Range, added, look, private_memory, take_census
+
+
+async def test_the_census_finds_the_ones_with_a_context(
+    helper: DriverHelper, start_app: Callable[..., Awaitable[App]]
+) -> None:
+    small, large = await start_app(size=4 << 20), await start_app(size=16 << 20)
+    census = await take_census(helper, [os.getpid(), small.pid, large.pid, 2**22 + 1])
+    assert {process.pid: process.device_bytes for process in census.cuda} == {
+        small.pid: 4 << 20,
+        large.pid: 16 << 20,
+    }
+    assert {process.state for process in census.cuda} == {ProcessState.RUNNING}
+    assert census.strays == ()
+
+
+async def test_traces_of_a_process(app: App) -> None:
+    traces = look(app.pid)
+    assert traces is not None and traces.library and not traces.stopped
+    assert not (traces.nccl or traces.ipc or traces.uvm_bytes)
+    assert look(2**22 + 1) is None
+
+
+async def test_a_process_that_ended_has_no_memory() -> None:
+    process = await asyncio.create_subprocess_exec("true")
+    await process.wait()
+    assert private_memory(process.pid) == ()
+
+
+RANGES = st.lists(st.integers(0, 60), unique=True).map(
+    lambda edges: [Range(a, b) for a, b in zip(sorted(edges)[::2], sorted(edges)[1::2], strict=False)]
+)
+
+
+@given(before=RANGES, after=RANGES)
+def test_added_is_the_difference(before: list[Range], after: list[Range]) -> None:
+    def cells(ranges: object) -> set[int]:
+        return {cell for part in ranges for cell in range(part.start, part.end)}  # type: ignore[attr-defined]
+
+    result = added(before, after)
+    assert cells(result) == cells(after) - cells(before)
+    assert all(part.size > 0 for part in result)
+    assert sum(part.size for part in result) == len(cells(result))
