@@ -15,7 +15,7 @@ _COMMON = (
     "ext-unix-sk",  # one end of a unix connection outside, e.g. a log socket
     "file-locks",  # flock and record locks: "Some file locks are hold by dumping tasks"
     "network-lock skip",  # no iptables/nft needed: nothing comes in while frozen, and copies have their own namespace
-    "log-level 3",  # warnings, errors and the stages; 4 costs milliseconds
+    "verbosity 3",  # warnings, errors and the stages; 4 costs milliseconds
 )
 
 _DUMP = (
