@@ -66,8 +66,8 @@ _KINDS = {
 class Estimate:
     """What a dump would write, in bytes: ``memory`` of the processes, ``tmpfs`` content of their mounts.
 
-    An upper bound: memory mapped from a tmpfs counts in both, and CRIU leaves zero pages out. Pages that
-    forked processes share count once for each, because the images hold them so.
+    Within a few pages for ordinary programs, else too much: memory mapped from a tmpfs counts in both, and
+    CRIU leaves zero pages out. Pages that forked processes share count once for each, as in the images.
     """
 
     processes: int
@@ -114,13 +114,15 @@ def examine(
             continue
     if not statuses:
         return []
-    init = next((pid for pid, status in statuses.items() if status.inside == 1), next(iter(statuses)))
+    # The first process of the container: nobody is in fewer pid namespaces, and there it is number 1.
+    init = min(statuses, key=lambda pid: (len(statuses[pid].pids), statuses[pid].pids[-1]))
+    level = len(statuses[init].pids) - 1
     examination = _Examination(init, frozenset(statuses), rootfs, gpu)
     found: dict[Culprit, None] = {}  # a process may hold the same thing many times
     for pid, status in statuses.items():
         try:
             for what, hint in examination.process(pid, status):
-                found.setdefault(Culprit(status.inside, status.name, what, hint))
+                found.setdefault(Culprit(status.pids[level], status.name, what, hint))
         except proc.GONE:
             continue
     if upper is not None and held_limit is not None:

@@ -62,8 +62,8 @@ class Status:
 
     @property
     def inside(self) -> int:
-        """The pid by which the process knows itself."""
-        return self.pids[-1]
+        """The pid in the container: its pid namespace is the one right below ours."""
+        return self.pids[1] if len(self.pids) > 1 else self.pids[0]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

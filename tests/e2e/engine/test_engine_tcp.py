@@ -25,7 +25,7 @@ near6 = socket.create_connection(("127.0.0.1", 7002))
 far6, _ = six.accept()
 
 # outside
-idle = socket.create_connection(("%(sidecar)s", 8235))
+idle = socket.create_connection(("SIDECAR", 8235))
 idle.setblocking(False)
 poll = select.epoll()
 poll.register(idle, select.EPOLLIN | select.EPOLLRDHUP)
@@ -39,7 +39,7 @@ time.sleep(0.2)
 answer = []
 def ask():
     try:
-        request = urllib.request.Request("http://%(sidecar)s:8234/checkpoint", method="POST")
+        request = urllib.request.Request("http://SIDECAR:8234/checkpoint", method="POST")
         with urllib.request.urlopen(request) as response:
             answer.append(response.read().decode())
     except Exception as error:
@@ -67,7 +67,7 @@ server.accept()[0].send(b"new")
 print("fresh", fresh.recv(9), flush=True)
 print("end", flush=True)
 time.sleep(60)
-""" % {"sidecar": SIDECAR}
+""".replace("SIDECAR", SIDECAR)
 
 
 class Sidecar:

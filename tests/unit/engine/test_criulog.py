@@ -144,7 +144,7 @@ ABOUT_ALL = [
         "another user namespace",
     ),
     (
-        "(00.02) Error (criu/seize.c:635): Unable to freeze cgroup /sys/fs/cgroup/x (100 x 100ms attempts, timeout: 10s)",
+        "(00.02) Error (criu/seize.c:635): Unable to freeze cgroup /sys/fs/cgroup/x (100 x 100ms attempts)",
         "busy",
         "could not be frozen",
     ),
@@ -181,12 +181,12 @@ ABOUT_ALL = [
         "/app is not what it was",
     ),
     (
-        "(00.02)    1: Error (criu/sk-inet.c:1059): inet: Can't bind inet socket (id 7): Cannot assign requested address",
+        "(00.02) 1: Error (criu/sk-inet.c:1059): inet: Can't bind inet socket (id 7): Cannot assign requested address",
         "engine",
         "address does not exist",
     ),
     (
-        "(00.02)    1: Error (criu/sk-inet.c:1059): inet: Can't bind inet socket (id 7): Address already in use",
+        "(00.02) 1: Error (criu/sk-inet.c:1059): inet: Can't bind inet socket (id 7): Address already in use",
         "engine",
         "bound again: Address already in use",
     ),
@@ -196,7 +196,7 @@ ABOUT_ALL = [
         "made again: Network is unreachable",
     ),
     (
-        "(00.02)    1: Error (criu/sk-unix.c:1651): unix: Can't bind id 0x9 ino 77 addr /run/a/s: No such file or directory",
+        "1: Error (criu/sk-unix.c:1651): unix: Can't bind id 0x9 ino 77 addr /run/a/s: No such file or directory",
         "engine",
         "the unix socket /run/a/s cannot be bound again: No such file or directory",
     ),
@@ -224,7 +224,7 @@ ABOUT_ALL = [
     ),
     ("(00.02) Error (criu/image.c:198): Missing required plugin: cuda_plugin", "host", "plugin cuda_plugin"),
     (
-        "(00.02)    1: Error (criu/uffd.c:314): uffd: Unable to open an userfaultfd descriptor: Operation not permitted",
+        "1: Error (criu/uffd.c:314): uffd: Unable to open an userfaultfd descriptor: Operation not permitted",
         "host",
         "userfaultfd is not allowed",
     ),
