@@ -130,7 +130,7 @@ class Spec:
             "args": list(self.argv),
             "env": [f"{key}={value}" for key, value in self.env.items()],
             "cwd": self.cwd,
-            "capabilities": {kind: capabilities for kind in ("bounding", "effective", "permitted")},
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
             "noNewPrivileges": True,
             "rlimits": [{"type": "RLIMIT_NOFILE", "hard": nofile, "soft": min(nofile, 65536)}],
         }
