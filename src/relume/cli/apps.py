@@ -11,20 +11,17 @@ from relume.cli.render import Screen
 COLUMNS = (
     ("app", "APP"),
     ("build_id", "BUILD"),
-    ("checkpointing", "CHECKPOINTING"),
     ("instances", "INSTANCES"),
-    ("checkpoints", "CHECKPOINTS"),
-    ("size_bytes", "SIZE"),
     ("directory", "DIRECTORY"),
-    ("deployed_at", "DEPLOYED"),
+    ("created_at", "CREATED"),
 )
 
 
 def configure(parser: Parser) -> None:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     verbs.add_parser("ls", help="list deployed apps").runs(list_apps)
-    rm = verbs.add_parser("rm", help="remove an app with its builds, checkpoints and secrets")
-    rm.add_argument("app", metavar="APP", help="the app's name; its instances must be stopped before")
+    rm = verbs.add_parser("rm", help="stop an app and remove its builds, checkpoints and secrets")
+    rm.add_argument("app", metavar="APP", help="the app's name")
     rm.runs(remove)
 
 

@@ -143,8 +143,10 @@ def grouped(groups: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Short and readable: 0.184 -> 184 ms, 12.3 -> 12.3 s."""
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+    """Short and readable: 0.0042 -> 4.2 ms, 0.184 -> 184 ms, 12.3 -> 12.3 s."""
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
+    return f"{seconds * 1000:.0f} ms" if seconds >= 0.01 else f"{seconds * 1000:.1f} ms"
 
 
 def size(count: float) -> str:

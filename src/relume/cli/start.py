@@ -15,7 +15,7 @@ def configure(parser: Parser) -> None:
     parser.add_argument("app", metavar="APP", help="the app's name")
     parser.add_argument("--no-restore", action="store_true", help="boot cold, whatever is saved")
     parser.add_argument(
-        "--explain", action="store_true", help="say what checkpoints there are and why one is used or not"
+        "--explain", action="store_true", help="say what a start would do, and why; start nothing"
     )
     parser.add_argument("--trace", action="store_true", help="print where the time went")
     parser.add_argument(
@@ -44,31 +44,25 @@ def start(options: Namespace) -> None:
         "env": given_environment(options.env, options.env_file),
     }
     result = NodeClient().stream(f"/v1/apps/{segment(options.app)}/start", body, screen.step)
-    screen.data(result, _lines(result, explain=options.explain, trace=options.trace))
+    if options.explain:
+        screen.record(result)
+    else:
+        screen.data(result, [*_lines(result), *(_timeline(result["trace"]) if options.trace else ())])
 
 
-def _lines(result: dict[str, Any], *, explain: bool, trace: bool) -> list[str]:
-    how = f"restored from {result['checkpoint_id']}" if result.get("restored") else "booted cold"
+def _lines(result: dict[str, Any]) -> list[str]:
+    how = f"restored from {result['checkpoint_id']}" if result["restored"] else "booted cold"
     reason = f" ({result['reason']})" if result.get("reason") else ""
-    lines = [
+    return [
         f"✓ {result['app']} is ready in {duration(result['ready_s'])}: {how}{reason}",
         f"  instance  {result['instance_id']}",
         f"  url       {result['url']}",
     ]
-    for wanted, name in ((explain, "explain"), (trace, "trace")):
-        if wanted and result.get(name):
-            lines += [f"  {name}", *(f"    {line}" for line in _details(result[name]))]
-    return lines
 
 
-def _details(value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [str(item) for item in value]
-    if not isinstance(value, dict):
-        return str(value).splitlines()
-    width = max(map(len, value), default=0)
-    return [f"{name:<{width}}  {_shown(name, item)}" for name, item in value.items()]
-
-
-def _shown(name: str, value: Any) -> str:
-    return duration(value) if name.endswith("_s") and isinstance(value, (int, float)) else str(value)
+def _timeline(stages: dict[str, float]) -> list[str]:
+    width = max(map(len, stages), default=0)
+    return [
+        "  trace",
+        *(f"    {stage:<{width}}  {duration(seconds):>8}" for stage, seconds in stages.items()),
+    ]

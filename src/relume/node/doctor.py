@@ -129,7 +129,7 @@ def _sys_resource() -> Finding:
 
 def _runc() -> Finding:
     binary = find_runc()
-    found = _output(binary, "--version").splitlines()[0].removeprefix("runc version ")
+    found = _output(binary, "--version").partition("\n")[0].removeprefix("runc version ")
     if _version(found) >= RUNC_MINIMUM:
         return Finding("runc", True, f"{found} ({binary})")
     return Finding(
