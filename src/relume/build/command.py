@@ -35,7 +35,7 @@ async def run(
     progress: Progress | None = None,
     timeout: float | None = None,
 ) -> str:
-    """Run a command on the host to its end; returns its standard output (both streams go to ``progress``).
+    """Run a command on the host to its end; returns its standard output. Both streams go to ``progress``.
 
     ``what`` says in the error what was being done; ``timeout`` is in seconds. Raises BuildError, and
     HostError where the program is not installed.
@@ -57,12 +57,15 @@ async def run(
     assert process.stdout and process.stderr
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     output: list[str] = []
+    show = tee(tail, progress)
+
+    def stdout(line: str) -> None:
+        output.append(line)
+        show(line)
+
     try:
         async with asyncio.timeout(timeout):
-            await asyncio.gather(
-                pump(process.stdout, output.append),
-                pump(process.stderr, tee(tail, progress)),
-            )
+            await asyncio.gather(pump(process.stdout, stdout), pump(process.stderr, show))
             status = await process.wait()
     except TimeoutError:
         raise BuildError(
@@ -72,7 +75,7 @@ async def run(
         if process.returncode is None:
             await to_the_end(_end(process))
     if status:
-        raise failure(what, argv, status, list(tail) or output[-TAIL_LINES:])
+        raise failure(what, argv, status, list(tail))
     return "".join(f"{line}\n" for line in output)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 
 from relume.build import apt, command, image
@@ -25,6 +25,8 @@ from relume.runc import Mount
 
 _FROM = re.compile(r"^\s*FROM\s+(?:--\S+\s+)*(?P<image>\S+)", re.IGNORECASE | re.MULTILINE)
 
+_STANDARD = frozenset("/ /dev /etc /home /mnt /opt /proc /root /run /srv /sys /tmp /usr /var".split())
+
 _NAME = "localhost/relume-build"
 
 
@@ -32,7 +34,7 @@ async def make(
     dockerfile: str,
     files: AppFiles,
     binds: list[Mount],
-    env: dict[str, str],
+    env: Mapping[str, str],
     base: Callable[[str], Awaitable[Made]],
     depot: Depot,
     workspace: Path,
@@ -51,10 +53,13 @@ async def make(
     for name in dict.fromkeys(match["image"] for match in _FROM.finditer(text)):
         if apt.known(name):
             await tool.provide(name, await base(name))
-    await tool.build(context / dockerfile, files.root / ".dockerignore", binds, env)
+    described = workspace / "Dockerfile"
+    described.write_text(with_arguments(text, env))
+    await tool.build(dockerfile, described, files.root / ".dockerignore", binds, env)
     layout = workspace / "layout"
     await tool.push(layout)
     rootfs, config, digest = await image.unpack(layout, workspace / "bundle", progress)
+    await in_thread(lambda check: remove_mount_points(rootfs, [mount.destination for mount in binds]))
     layer = await depot.publish(rootfs)
     return Made(layer, {"config": config.as_dict(), "base": f"{dockerfile} ({digest})"})
 
@@ -69,6 +74,40 @@ def _text(context: Path, dockerfile: str) -> str:
         ) from error
 
 
+def with_arguments(text: str, names: Iterable[str]) -> str:
+    """The Dockerfile with an ARG for each name after every FROM.
+
+    A build argument is in the environment of RUN steps and in nothing that the image keeps, which is right for
+    settings of the host (buildah's ``--env`` is the opposite: kept, and not seen by RUN).
+    """
+    arguments = "".join(f"ARG {name}\n" for name in names)
+    lines = text.splitlines(keepends=True)
+    return "".join(
+        line.rstrip("\n") + "\n" + arguments
+        if _FROM.match(line) and not line.rstrip().endswith("\\")
+        else line
+        for line in lines
+    )
+
+
+def remove_mount_points(rootfs: Path, destinations: Iterable[str]) -> None:
+    """Remove what buildah made in the image to mount on: empty files and directories, and their empty parents."""
+    for destination in [*destinations, "/etc/hosts", "/etc/hostname", "/etc/resolv.conf"]:
+        path = Path(destination)
+        while str(path) not in _STANDARD:
+            place = rootfs / path.relative_to("/")
+            try:
+                if place.is_symlink():
+                    break
+                if place.is_dir():
+                    place.rmdir()
+                elif place.is_file() and place.stat().st_size == 0:
+                    place.unlink()
+            except OSError:  # not empty, so not only a mount point
+                break
+            path = path.parent
+
+
 class _Buildah:
     """One storage of buildah's and the commands on it."""
 
@@ -78,7 +117,7 @@ class _Buildah:
         self._prefix = [
             "buildah",
             *("--root", str(directory / "storage"), "--runroot", str(directory / "run")),
-            *("--storage-driver", "vfs"),
+            *("--storage-driver", "overlay"),
         ]
         scratch = directory / "tmp"
         scratch.mkdir(parents=True)
@@ -100,18 +139,19 @@ class _Buildah:
         full = name if "/" in name else f"docker.io/library/{name}"
         await self._run("commit", "--quiet", "--rm", container, full, what=what)
 
-    async def build(self, dockerfile: Path, ignore: Path, binds: list[Mount], env: dict[str, str]) -> None:
+    async def build(
+        self, name: str, dockerfile: Path, ignore: Path, binds: list[Mount], env: Mapping[str, str]
+    ) -> None:
         volumes = [_volume(mount) for mount in binds]
         arguments = [
             *("bud", "--isolation", "chroot", "--layers=false", "--pull=false", "--format", "oci"),
             *("--identity-label=false", "--network", "host"),
             *(part for volume in volumes for part in ("--volume", volume)),
-            *(part for name, value in env.items() for part in ("--env", f"{name}={value}")),
-            *(part for name in env for part in ("--unsetenv", name)),
+            *(part for name, value in env.items() for part in ("--build-arg", f"{name}={value}")),
             *(("--ignorefile", str(ignore)) if ignore.is_file() else ()),
             *("-f", str(dockerfile), "-t", _NAME, str(self._cwd)),
         ]
-        await self._run(*arguments, what=f"building {dockerfile.name}")
+        await self._run(*arguments, what=f"building {name}")
 
     async def push(self, layout: Path) -> None:
         await self._run(
