@@ -77,7 +77,10 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def running_node() -> Iterator[None]:
-    """A node with STATE while the block runs. Afterwards its instances and checkpoints are gone too."""
+    """A node with STATE while the block runs. Afterwards its instances and checkpoints are gone too.
+
+    Raises DemoError where it does not start, or where it leaves something behind.
+    """
     STATE.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = STATE / "demo-node.log"
     with log.open("wb") as output:
@@ -89,8 +92,9 @@ def running_node() -> Iterator[None]:
             start_new_session=True,
             env=environment(),
         )
+    node_id = ""
     try:
-        wait_for_node(node, log)
+        node_id = wait_for_node(node, log)
         remove_everything()  # a demo that was killed outright leaves what the node has adopted again by now
         yield
     finally:
@@ -106,20 +110,22 @@ def running_node() -> Iterator[None]:
             except subprocess.TimeoutExpired:
                 node.kill()
                 node.wait()
+        if node_id and (left := left_behind(node_id)):
+            raise DemoError("\n  ".join(["left behind:", *left]))
 
 
-def wait_for_node(node: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for_node(node: subprocess.Popen[bytes], log: Path) -> str:
+    """The node's id, once it answers."""
     deadline = time.monotonic() + 60
-    while not answers():
+    while True:
+        command = [str(RELUME), "node", "status", "-o", "json"]
+        asked = subprocess.run(command, capture_output=True, env=environment())
+        if asked.returncode == 0:
+            return str(json.loads(asked.stdout)["node_id"])
         if node.poll() is not None or time.monotonic() > deadline:
             say(log.read_text(errors="replace")[-4000:])
             raise DemoError("the node did not start; its log is above")
         time.sleep(0.1)
-
-
-def answers() -> bool:
-    command = [str(RELUME), "node", "status"]
-    return subprocess.run(command, capture_output=True, env=environment()).returncode == 0
 
 
 def remove_everything() -> None:
@@ -228,17 +234,21 @@ def demonstrate() -> dict[str, Any]:
     }
 
 
-def left_behind() -> list[str]:
-    """Processes and mounts that name STATE: there should be none once the node has ended."""
+def left_behind(node_id: str) -> list[str]:
+    """Processes, mounts, control groups that are the node's. Namespaces go with the processes and mounts."""
+    marks = (str(STATE), f"/run/relume/{node_id}")
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and int(process.name) != os.getpid():
             with contextlib.suppress(OSError):
                 command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if str(STATE) in command:
+                if any(mark in command for mark in marks):
                     found.append(f"process {process.name}: {command.strip()}")
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    return found + [f"mount: {line}" for line in mounts if str(STATE) in line]
+    found += [f"mount: {line}" for line in mounts if any(mark in line for mark in marks)]
+    for pattern in (f"relume/{node_id}/*/", f"*/relume/{node_id}/*/"):
+        found += [f"control group: {group}" for group in Path("/sys/fs/cgroup").glob(pattern)]
+    return found
 
 
 def on_signal(number: int, frame: FrameType | None) -> None:
@@ -249,23 +259,17 @@ def main() -> int:
     argparse.ArgumentParser(prog="script/demo", description=__doc__.partition("\n")[0]).parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, on_signal)
-    code = 0
-    result: dict[str, Any] = {}
     try:
         with running_node():
             result = demonstrate()
     except KeyboardInterrupt:
         say("stopped; everything was taken down")
-        code = 130
+        return 130
     except (DemoError, subprocess.TimeoutExpired) as error:
         say(f"error: {error}")
-        code = 1
-    for line in left_behind():
-        say(f"error: left behind: {line}")
-        code = code or 1
-    if code == 0:
-        print(json.dumps(result), flush=True)
-    return code
+        return 1
+    print(json.dumps(result), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
