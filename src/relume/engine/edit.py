@@ -18,6 +18,8 @@ Times are as CRIU counts them (microseconds), sizes are bytes.
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,16 +30,23 @@ from relume.images import read_image, read_pagemap, write_image
 _TCP = 6
 _CLOSED = 7  # TCP_CLOSE of linux/tcp_states.h, as CRIU writes it
 _BOTH = 3  # sk_shutdown of sk-opts.proto
-_V4_MAPPED = [0, 0, 0xFFFF0000]  # ::ffff:0:0/96 in network order, as words of a little-endian machine
+_SIDECAR = ipaddress.ip_address("169.254.169.253")
+_V4_MAPPED = [0, 0, 0xFFFF0000]  # ::ffff:0:0/96 in network order, read as words of a little-endian machine
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EditReport:
-    """How many ends of TCP connections were kept (both ends inside) and closed, and timers re-armed."""
+    """How many ends of TCP connections were kept (both ends inside) and closed, and timers re-armed.
+
+    ``needs_network``: some socket that stays has an address beyond loopback, its own or its peer's (a
+    connected UDP socket, a listener on one interface). CRIU binds and connects it again, which fails where
+    the address or the route is not there yet: set up a copy's network before its sockets are restored.
+    """
 
     kept: int = 0
     closed: int = 0
     timers: int = 0
+    needs_network: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,7 +95,9 @@ def prepare_images(directory: Path, *, loopback: str) -> EditReport:
         write_image(path, files)
     kept = len(connections) - len(outside) if loopback == "keep" else 0
     closed = len(outside) if loopback == "keep" else len(connections)
-    return EditReport(kept=kept, closed=closed, timers=len(stopped))
+    gone = {id(each) for each in (outside if loopback == "keep" else connections)}
+    beyond = any(_is_beyond(each) for each in sockets if id(each) not in gone)
+    return EditReport(kept=kept, closed=closed, timers=len(stopped), needs_network=beyond)
 
 
 def remap_ids(directory: Path, *, id_base: int) -> bool:
@@ -164,6 +175,17 @@ def _address(words: Sequence[int]) -> tuple[int, ...]:
     """An address to compare: an IPv4 one has one form, however the socket was made."""
     known = list(words)
     return tuple(known[3:] if known[:3] == _V4_MAPPED else known)
+
+
+def _is_beyond(socket: Any) -> bool:
+    """Whether an address of it is on no loopback interface; every instance's has 127/8 and the sidecar's."""
+    for words in (socket.src_addr, socket.dst_addr):
+        address = _address(words)
+        packed = struct.pack(f"={len(address)}I", *address)
+        known = ipaddress.ip_address(packed)
+        if not (known.is_unspecified or known.is_loopback or known == _SIDECAR):
+            return True
+    return False
 
 
 def _close(socket: Any) -> None:
