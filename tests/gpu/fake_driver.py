@@ -1,6 +1,6 @@
 """Builds the fake driver of fake_libcuda.c and lays out the machine it reports; shared by tests and gpu-check --fake.
 
-Run as a program it builds into the folder given and prints the environment to use: ``fake_driver.py DIR``.
+Run as a program, ``fake_driver.py DIR``, it builds into DIR (lib, state, cdi) and prints the environment to use.
 """
 
 from __future__ import annotations
@@ -41,6 +41,22 @@ class FakeMachine:
         lines = (f"{UUIDS[index]} {size} {int(mig)} 1 {model}\n" for index in range(gpus))
         (self.state / "gpus").write_text("".join(lines))
 
+    def describe_cdi(self) -> Path:
+        """A CDI file for these GPUs, in the folder returned: a container gets the library and the state."""
+        folder = self.folder / "cdi"
+        folder.mkdir(exist_ok=True)
+        mounts = [
+            {"hostPath": str(path.resolve()), "containerPath": str(path), "options": ["rbind", mode]}
+            for path, mode in ((self.library, "ro"), (self.state, "rw"))
+        ]
+        env = [f"{key}={self.env[key]}" for key in ("LD_LIBRARY_PATH", "FAKE_CUDA_DIR")]
+        node = {"path": "/dev/nvidia0", "type": "c", "major": 1, "minor": 3}
+        devices = [{"name": uuid, "containerEdits": {"deviceNodes": [node]}} for uuid in UUIDS]
+        shared = {"env": env, "mounts": mounts}
+        spec = {"cdiVersion": "0.6.0", "kind": "nvidia.com/gpu", "devices": devices, "containerEdits": shared}
+        (folder / "nvidia.json").write_text(json.dumps(spec))
+        return folder
+
     def fault(
         self, call: str, code: int, *, pid: int = 0, times: int = 1, delay_ms: int = 0, also: str = "-"
     ) -> None:
@@ -62,7 +78,9 @@ def compile_library(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    machine = FakeMachine(Path(sys.argv[1]))
+    machine = FakeMachine(Path(sys.argv[1]).resolve())
     compile_library(machine.library)
-    machine.describe(gpus=2, size=8 << 30)
-    print(json.dumps({key: machine.env[key] for key in ("LD_LIBRARY_PATH", "FAKE_CUDA_DIR")}))
+    machine.describe(gpus=2, size=4 << 30)
+    machine.describe_cdi()
+    for name in ("LD_LIBRARY_PATH", "FAKE_CUDA_DIR"):
+        print(f"{name}={machine.env[name]}")

@@ -38,7 +38,7 @@ enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEV
        ILLEGAL_STATE = 401, NOT_READY = 600, NOT_SUPPORTED = 801, UNKNOWN = 999 };
 enum { RUNNING, LOCKED, CHECKPOINTED, FAILED };
 enum { NOTHING, DO_LOCK, DO_CHECKPOINT, DO_RESTORE, DO_UNLOCK, DO_FAIL };
-enum { MAX_GPUS = 16, MAX_ALLOCS = 128, MAX_NODES = 64, CHUNK = 1 << 20 };
+enum { MAX_GPUS = 16, MAX_ALLOCS = 128, MAX_NODES = 512, CHUNK = 1 << 20 };
 #define EXPORT __attribute__((visibility("default")))
 typedef uint64_t devptr;
 typedef struct { unsigned char bytes[16]; } uuid_t16;

@@ -23,7 +23,7 @@ from relume.gpu.nvml import Gpu
 
 FOLDERS: Final = (Path("/etc/cdi"), Path("/var/run/cdi"))
 KIND: Final = "nvidia.com/gpu"
-_GENERATE: Final = "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
+GENERATE: Final = "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
 
 Edits = dict[str, Any]
 """A ``containerEdits`` object as the file has it."""
@@ -99,7 +99,7 @@ def edits_for(registry: Registry, gpus: Iterable[Gpu]) -> OciEdits:
             known = ", ".join(sorted(registry.devices)) or "none"
             raise GpuUnavailable(
                 f"no CDI device {KIND}={gpu.index} or {KIND}={gpu.uuid}; there are: {known}",
-                hint=_GENERATE,
+                hint=GENERATE,
                 problems=list(registry.problems),
             )
         chosen.append(device)
@@ -178,7 +178,7 @@ def _device(node: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]
         except OSError as error:
             raise GpuUnavailable(
                 f"CDI names the device {host}, which is not there: {error.strerror}",
-                hint=f"nvidia-modprobe -u -c=0 makes the devices; a stale file: {_GENERATE}",
+                hint=f"nvidia-modprobe -u -c=0 makes the devices; a stale file: {GENERATE}",
             ) from error
         kind = "b" if stat.S_ISBLK(found.st_mode) else "c"
         major, minor = os.major(found.st_rdev), os.minor(found.st_rdev)
@@ -202,7 +202,7 @@ def _mount(mount: dict[str, Any]) -> dict[str, Any]:
     if not Path(source).exists():
         raise GpuUnavailable(
             f"CDI names {source}, which is not there: the driver was changed after the file was made",
-            hint=_GENERATE,
+            hint=GENERATE,
         )
     options = list(mount.get("options") or ("ro", "nosuid", "nodev", "rbind"))
     bind = "bind" in options or "rbind" in options

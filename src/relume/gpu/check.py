@@ -1,0 +1,250 @@
+"""The whole GPU path on this machine, one JSON object a line: ``script/gpu-check`` runs this.
+
+Each step says ``"ok"``: true, false, or null where it could not be made, and then in ``missing`` which file, program or
+privilege it lacks. Steps: ``versions``; ``plain`` and ``graphs``, which suspend and resume a process of ours with
+device memory of known content (the second with many blocks, a stream and a captured graph); ``move``, onto another GPU
+of the model; ``container``, through runc and CRIU into a copy. Rates are bytes/s; ``pinned`` is a plain copy between
+pinned memory and the device in the same process, the bus's own speed.
+
+Ends with 0 if no step was wrong, 1 if one was, 3 if none could be made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from relume import __version__
+from relume.errors import RelumeError
+from relume.gpu import cdi
+from relume.gpu.check_container import container_requirements, container_step
+from relume.gpu.client import DriverHelper
+from relume.gpu.driver import MIN_DRIVER_REMAP
+from relume.gpu.nvml import Machine
+from relume.gpu.platform import cuda_text
+from relume.gpu.story import GpuCheckpointer, Resumed, Suspended
+
+GIB: Final = 1 << 30
+Report = dict[str, Any]
+
+
+class Missing(Exception):
+    """A step cannot be made here. The arguments are what is missing."""
+
+
+@dataclass(slots=True)
+class Workload:
+    """A ``relume.gpu.workload`` of ours, on pipes."""
+
+    process: asyncio.subprocess.Process
+
+    async def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        """Raises RuntimeError with the workload's words, or EOFError if it is gone."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps({"op": op, **arguments}).encode() + b"\n")
+        line = await self.process.stdout.readline()
+        if not line:
+            raise EOFError(f"the workload ended in {op}")
+        answer: dict[str, Any] = json.loads(line)
+        if not answer.pop("ok"):
+            raise RuntimeError(f"the workload's {op}: {answer['error']}")
+        return answer
+
+
+@asynccontextmanager
+async def workload() -> AsyncIterator[Workload]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "relume.gpu.workload",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout and process.stdin
+    try:
+        await process.stdout.readline()
+        yield Workload(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        process.stdin.close()
+        await process.wait()
+
+
+async def round_trip(
+    driver: DriverHelper, size: int, blocks: int, *, graph: bool, gpu_map: Mapping[str, str] | None = None
+) -> Report:
+    """Suspend and bring back one process; content compared before and after, and after running on."""
+    gpu = GpuCheckpointer(driver)
+    async with workload() as app:
+        await app.ask("fill", size=size, blocks=blocks, seed=size)
+        if graph:
+            await app.ask("graph")
+            await app.ask("launch")
+        pinned = await app.ask("bandwidth", size=min(size, 256 << 20))
+        before = await app.ask("hash")
+        suspended = await gpu.suspend([app.process.pid])
+        if gpu_map is None:
+            resumed = await gpu.resume(suspended)
+        else:
+            resumed = await gpu.restore([app.process.pid], gpu_map, expected=1)
+        after = await app.ask("hash")
+        ran_on = True
+        if graph:
+            await app.ask("write", seed=size)
+            await app.ask("launch")
+            ran_on = (await app.ask("hash")) == before
+        same = before == after
+        return {
+            "ok": same and ran_on,
+            "content_equal": same,
+            **({"graph_runs_on": ran_on} if graph else {}),
+            "bytes": before["bytes"],
+            "blocks": blocks,
+            **_times(suspended, resumed, before["bytes"], pinned),
+        }
+
+
+def _times(suspended: Suspended, resumed: Resumed, size: int, pinned: Mapping[str, float]) -> Report:
+    (process,) = suspended.processes
+    out, back = size / process.checkpoint_s, size / max(resumed.restore_s, 1e-9)
+    return {
+        "host_bytes": process.host_bytes,
+        "lock_s": round(process.lock_s, 4),
+        "checkpoint_s": round(process.checkpoint_s, 4),
+        "restore_s": round(resumed.restore_s, 4),
+        "unlock_s": round(resumed.seconds - resumed.restore_s, 4),
+        "checkpoint_rate": int(out),
+        "restore_rate": int(back),
+        "pinned_to_host_rate": int(pinned["to_host"]),
+        "pinned_to_device_rate": int(pinned["to_device"]),
+        "checkpoint_of_pinned": round(out / pinned["to_host"], 3),
+        "restore_of_pinned": round(back / pinned["to_device"], 3),
+    }
+
+
+async def versions(driver: DriverHelper, machine: Machine) -> Report:
+    """What everything else is to be read with. ``ok`` says whether the driver can be used."""
+    hello = await driver.hello()
+    report: Report = {
+        "ok": hello["ready"] and bool(machine.gpus),
+        "relume": __version__,
+        "python": platform.python_version(),
+        "kernel": os.uname().release,
+        "arch": platform.machine(),
+        "driver": machine.driver_version,
+        "cuda": cuda_text(machine.cuda_version) if machine.cuda_version else "",
+        "gpus": [
+            {"model": gpu.model, "uuid": gpu.uuid, "memory_bytes": gpu.memory_bytes} for gpu in machine.gpus
+        ],
+        "helper_start_s": hello["init_s"],
+    }
+    missing = _gpu_missing(hello, machine)
+    return report if not missing else report | {"ok": None, "missing": missing}
+
+
+def _gpu_missing(hello: Mapping[str, Any], machine: Machine) -> list[str]:
+    missing = [] if machine.gpus else [f"a GPU that NVML shows ({machine.reason})"]
+    if not hello["ready"]:
+        missing.append(hello["error"]["message"])
+    return missing
+
+
+async def check(options: argparse.Namespace, report: Callable[[str, Report], None]) -> None:
+    """All steps, each reported as it ends."""
+    async with AsyncExitStack() as stack:
+        driver = await stack.enter_async_context(DriverHelper())
+        machine = await driver.survey()
+        missing = _gpu_missing(await driver.hello(), machine)
+        report("versions", await versions(driver, machine))
+        size = options.size or _size(machine)
+
+        async def step(name: str, made: Callable[[], Awaitable[Report]]) -> None:
+            started = time.monotonic()
+            try:
+                outcome = await made()
+            except Missing as lacking:
+                outcome = {"ok": None, "missing": list(lacking.args)}
+            except RelumeError as error:
+                outcome = {"ok": False, "error": error.as_dict()}
+            except Exception as error:
+                outcome = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            report(name, outcome | {"seconds": round(time.monotonic() - started, 3)})
+
+        def with_gpu(made: Callable[[], Awaitable[Report]]) -> Callable[[], Awaitable[Report]]:
+            async def lacking() -> Report:
+                raise Missing(*missing)
+
+            return lacking if missing else made
+
+        await step("plain", with_gpu(lambda: round_trip(driver, size, 1, graph=False)))
+        await step("graphs", with_gpu(lambda: round_trip(driver, size, 96, graph=True)))
+        await step("move", with_gpu(lambda: _move(driver, machine, size)))
+        await step("container", lambda: _container(driver, machine, size, options.cdi, missing))
+
+
+async def _move(driver: DriverHelper, machine: Machine, size: int) -> Report:
+    lacking = []
+    first, others = machine.gpus[0], [gpu for gpu in machine.gpus[1:] if gpu.model == machine.gpus[0].model]
+    if not others:
+        lacking.append(f"a second {first.model}")
+    if int(machine.driver_version.split(".")[0]) < MIN_DRIVER_REMAP:
+        lacking.append(f"NVIDIA driver {MIN_DRIVER_REMAP} (this is {machine.driver_version})")
+    if lacking:
+        raise Missing(*lacking)
+    # Every GPU that the process can see has to be named; the first two change places.
+    swap = {gpu.uuid: gpu.uuid for gpu in machine.gpus} | {
+        first.uuid: others[0].uuid,
+        others[0].uuid: first.uuid,
+    }
+    return {"to": others[0].uuid, **await round_trip(driver, size, 4, graph=True, gpu_map=swap)}
+
+
+async def _container(
+    driver: DriverHelper, machine: Machine, size: int, folders: list[Path], missing: list[str]
+) -> Report:
+    lacking, requirements = container_requirements(machine, cdi.load(folders))
+    if requirements is None or missing:
+        raise Missing(*missing, *lacking)
+    return await container_step(driver, requirements, size)
+
+
+def _size(machine: Machine) -> int:
+    """Half of the first GPU's free memory, a quarter of the host's, 8 GiB at most."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(lines["MemAvailable"].split()[0]) * 1024
+    free = machine.gpus[0].memory_bytes - machine.gpus[0].used_bytes if machine.gpus else 0
+    return min(8 * GIB, free // 2, available // 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="script/gpu-check", description=__doc__)
+    parser.add_argument(
+        "--size", type=lambda text: int(float(text) * GIB), metavar="GIB", help="device memory to hold"
+    )
+    parser.add_argument("--cdi", type=Path, action="append", metavar="DIR", help="folders of CDI files")
+    parser.add_argument("--fake", action="store_true", help="the driver is the fake one; every line says so")
+    options = parser.parse_args()
+    options.cdi = options.cdi or list(cdi.FOLDERS)
+    verdicts: list[bool | None] = []
+
+    def report(step: str, outcome: Report) -> None:
+        verdicts.append(outcome["ok"])
+        print(json.dumps({"step": step, **({"fake": True} if options.fake else {}), **outcome}), flush=True)
+
+    asyncio.run(check(options, report))
+    sys.exit(1 if False in verdicts else 0 if True in verdicts else 3)
+
+
+if __name__ == "__main__":
+    main()
