@@ -64,11 +64,12 @@ def errors_in(log: str) -> list[str]:
 class Checkpoint:
     """The files of one checkpoint: ``images``, ``work`` (CRIU's log and stats), ``held``."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, everything: bool) -> None:
         self.directory = directory
         self.images, self.work, self.held = (directory / name for name in ("images", "work", "held"))
         for path in (directory, self.images, self.work, self.held):
             path.mkdir(mode=0o755)
+        self.everything = everything
         self.report: dict[str, object] = {}
         self.edits: edit.EditReport | None = None
 
@@ -95,8 +96,10 @@ class Box:
         self.output = self.directory / "output"
         self._readers: list[subprocess.Popen[bytes]] = []
 
-    def mount(self, options: str) -> None:
-        mounts.overlay([self.lab.lower(self.id_base)], self.upper, self.work, self.rootfs, options=options)
+    def mount(self, options: str, *above: Path) -> None:
+        """The overlay: this machine's root, what lies ``above`` it, and the writable layer."""
+        layers = [self.lab.lower(path, self.id_base) for path in (Path("/"), *above)]
+        mounts.overlay(layers, self.upper, self.work, self.rootfs, options=options)
 
     def prepare(self, argv: list[str]) -> None:
         spec = Spec(
@@ -172,7 +175,7 @@ class Box:
         check: bool = True,
     ) -> Checkpoint:
         """Dump it and let it run on; edits the images as a checkpoint of relume would be."""
-        made = Checkpoint(self.lab.directory / f"checkpoint-{uuid.uuid4().hex[:8]}")
+        made = Checkpoint(self.lab.stored / f"{uuid.uuid4().hex[:8]}", everything=everything)
         job = made.directory / "job.json"
         job.write_text(
             json.dumps(
@@ -234,21 +237,27 @@ class Lab:
     def __init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="relume-lab-", dir="/run"))
         self.directory.chmod(0o711)
+        # A file system of its own: the lower layers of an overlay must not lie in one another.
+        self.stored = self.directory / "stored"
+        self.stored.mkdir()
+        mounts.mount("tmpfs", self.stored, "tmpfs")
         self.runc = Runc(find_runc(), self.directory / "runc", find_criu())
         self._boxes: list[Box] = []
-        self._lowers: dict[int, Path] = {}
+        self._lowers: dict[tuple[Path, int], Path] = {}
 
-    def lower(self, id_base: int) -> Path:
-        if id_base not in self._lowers:
-            target = self.directory / f"lower-{id_base}"
+    def lower(self, source: Path, id_base: int) -> Path:
+        """An id-mapped view of ``source``, made once."""
+        target = self._lowers.get((source, id_base))
+        if target is None:
+            target = self.directory / f"lower-{len(self._lowers)}"
             target.mkdir()
             userns = mounts.user_namespace(id_base)
             try:
-                mounts.bind_idmapped(Path("/"), target, userns, readonly=True)
+                mounts.bind_idmapped(source, target, userns, readonly=True)
             finally:
                 os.close(userns)
-            self._lowers[id_base] = target
-        return self._lowers[id_base]
+            self._lowers[source, id_base] = target
+        return target
 
     @staticmethod
     def options(loopback: str, *lines: str) -> str:
@@ -270,13 +279,16 @@ class Lab:
         *,
         loopback: str = "keep",
         id_base: int = ID_BASE,
-        options: str = "index=off,nfs_export=off",
+        options: str = "",
     ) -> Box:
         """A copy in a container of its own, beside whatever else runs."""
         box = Box(self, id_base)
         self._boxes.append(box)
-        held.lay(checkpoint.held, box.upper, id_base=id_base)
-        box.mount(options)
+        if checkpoint.everything:
+            box.mount(options, checkpoint.held)
+        else:
+            held.lay(checkpoint.held, box.upper, id_base=id_base)
+            box.mount(options)
         box.prepare(["/bin/true"])
         edit.remap_ids(checkpoint.images, id_base=id_base)
         for image in checkpoint.images.iterdir():

@@ -138,15 +138,80 @@ def test_what_is_held_comes_back(lab: Lab) -> None:
     box = lab.boot(HOLDER)
     box.wait_for("ready")
     checkpoint = box.dump()
-    report = checkpoint.report
-    print(report, held.survey(box.upper, checkpoint.held, id_base=ID_BASE))
     copies = [lab.restore(checkpoint) for _ in range(2)]
     for copy in [*copies, box]:
         Path(f"/proc/{copy.init}/root/go.new").write_text("original" if copy is box else "copy")
         Path(f"/proc/{copy.init}/root/go.new").rename(f"/proc/{copy.init}/root/go")
     for each in [*copies, box]:
         each.wait_for("all well")
-    assert report["warnings"] == []
+    assert checkpoint.report["warnings"] == []
     behind = held.survey(box.upper, checkpoint.held, id_base=ID_BASE)
     assert "/data/not-held" in behind.names
     assert (behind.cache_count, behind.cache_bytes) == (1, 9000)
+
+
+UNHELD = """
+import os, time
+os.makedirs("/data/empty")
+open("/data/model", "w").write("weights")
+os.unlink("/etc/services")
+os.symlink("model", "/data/link")
+import shutil
+shutil.rmtree("/etc/skel")
+os.mkdir("/etc/skel")
+os.chown("/data", 33, 33)
+print("ready", flush=True)
+while not os.path.exists("/go"):
+    time.sleep(0.02)
+assert open("/data/link").read() == "weights"
+assert os.stat("/data").st_uid == 33
+assert os.listdir("/data/empty") == []
+assert not os.path.exists("/etc/services")
+assert os.listdir("/etc/skel") == []
+open("/data/model", "a").write(" more")
+os.unlink("/data/link")
+print("all well", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_whole_layer(lab: Lab) -> None:
+    box = lab.boot(UNHELD)
+    box.wait_for("ready")
+    checkpoint = box.dump(everything=True)
+    assert held.survey(box.upper, checkpoint.held, id_base=ID_BASE).count == 0
+    copies = [lab.restore(checkpoint) for _ in range(2)]
+    for each in [*copies, box]:
+        each.touch("go")
+        each.wait_for("all well")
+    assert (checkpoint.held / "data/model").read_text() == "weights"
+
+
+SQLITE = """
+import sqlite3, time
+db = sqlite3.connect("/notes.sqlite")
+db.execute("pragma journal_mode=wal")
+db.execute("create table notes (text)")
+db.execute("insert into notes values ('before')")
+db.commit()
+print("ready", flush=True)
+import os
+while not os.path.exists("/go"):
+    time.sleep(0.02)
+db.execute("insert into notes values ('after')")
+db.commit()
+print([row[0] for row in db.execute("select text from notes")], flush=True)
+time.sleep(60)
+"""
+
+
+def test_an_open_sqlite_database_comes_along_with_a_warning(lab: Lab) -> None:
+    box = lab.boot(SQLITE)
+    box.wait_for("ready")
+    checkpoint = box.dump()
+    (warning,) = checkpoint.report["warnings"]
+    assert warning.startswith("python3 (pid 1) has the SQLite database /notes.sqlite open in WAL mode")
+    copy = lab.restore(checkpoint)
+    for each in (copy, box):
+        each.touch("go")
+        each.wait_for("['before', 'after']")
