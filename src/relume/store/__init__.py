@@ -14,6 +14,7 @@ from relume.store.objects import Counters, Objects, Patience
 from relume.store.pages import RemotePages
 from relume.store.publish import LocalCheckpoint
 from relume.store.region import Region, RegionConfig
+from relume.store.source import RemoteSource
 from relume.store.upload import Limits, Progress
 from relume.store.working_set import PageRun
 
@@ -35,6 +36,7 @@ __all__ = [
     "Region",
     "RegionConfig",
     "RemotePages",
+    "RemoteSource",
     "new_key_file",
     "rotate_key_file",
 ]

@@ -39,15 +39,15 @@ def export(objects: Objects, keyring: Keyring, name: CheckpointName, out: Binary
         head |= {"epoch": manifest.epoch, "tenant": manifest.tenant}
         _add(tar, _HEAD, json.dumps(head).encode())
         for each in (*names, name.index, name.images, name.manifest):
-            _add(tar, each, objects.get(each, limit=_LARGEST))
+            _add(tar, each, bytes(objects.get(each, limit=_LARGEST)))
 
 
 def import_(objects: Objects, keyring: Keyring, leases: Leases, file: BinaryIO) -> CheckpointName:
     """Bring an exported checkpoint into this store, under its own name. Nothing is visible unless all of it is right.
 
-    Its generation stays what it was, because that is signed; the lease taken meanwhile is a higher one, so what this
-    region makes later is newer. Raises Untrusted for a file that is damaged, foreign, or signed by others; Conflict when this or a newer generation
-    is there already; StoreError.
+    Its generation stays what it was, because that is signed; the lease taken meanwhile is a higher one, so what
+    this region makes later is newer. Raises Untrusted for a file that is damaged, foreign, or signed by others,
+    Conflict when this or a newer generation is there already, StoreError.
     """
     try:
         with tarfile.open(fileobj=file, mode="r|") as tar:

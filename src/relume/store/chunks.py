@@ -150,7 +150,7 @@ class Chunks:
             raise Untrusted(f"{self.name(chunk_id)} holds {len(plain)} bytes, not {pages} pages")
         return plain
 
-    def open(self, chunk_id: bytes, sealed: bytes) -> bytes:
+    def open(self, chunk_id: bytes, sealed: bytes | memoryview) -> bytes:
         """The pages in a chunk's object. Raises Untrusted."""
         name = self.name(chunk_id)
         plain = unseal(self.tenant.chunk_key(chunk_id), Kind.CHUNK, name, sealed)

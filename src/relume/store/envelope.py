@@ -76,7 +76,7 @@ def seal(key: bytes, kind: Kind, name: str, plain: bytes) -> bytes:
     return b"".join((head, _encrypt(key, head + name.encode(), plain, kind, name)))
 
 
-def unseal(key: bytes, kind: Kind, name: str, data: bytes) -> bytes:
+def unseal(key: bytes, kind: Kind, name: str, data: bytes | memoryview) -> bytes:
     """The plain body. Raises Untrusted for anything that `seal` did not make with this key, kind and name."""
     head = _check_head(data, _HEAD.size, kind, name)
     return _decrypt(key, head + name.encode(), memoryview(data)[_HEAD.size :], kind, name)
@@ -100,12 +100,12 @@ def seal_signed(keyring: Keyring, kind: Kind, name: str, plain: bytes, data_key:
     return sealed + epoch.private_key.sign(_signed_message(name, sealed))
 
 
-def unseal_signed(keyring: Keyring, kind: Kind, name: str, data: bytes) -> Opened:
+def unseal_signed(keyring: Keyring, kind: Kind, name: str, data: bytes | memoryview) -> Opened:
     """Raises Untrusted unless the node or its region signed exactly this object under exactly this name."""
     _check_head(data, _SIGNED_HEAD.size + _SIGNATURE, kind, name)
     _, _, _, signer, wrapped_size = _SIGNED_HEAD.unpack_from(data)
     epoch = keyring.epoch(signer, name)
-    sealed, signature = data[:-_SIGNATURE], data[-_SIGNATURE:]
+    sealed, signature = bytes(data[:-_SIGNATURE]), bytes(data[-_SIGNATURE:])
     try:
         epoch.public_key.verify(signature, _signed_message(name, sealed))
     except InvalidSignature:
@@ -122,7 +122,7 @@ def _signed_message(name: str, sealed: bytes) -> bytes:
     return b"relume signed object 1\n" + name.encode() + b"\n" + sealed
 
 
-def _check_head(data: bytes, least: int, kind: Kind, name: str) -> bytes:
+def _check_head(data: bytes | memoryview, least: int, kind: Kind, name: str) -> bytes:
     if len(data) < least + _NONCE + _TAG or data[: len(_MAGIC)] != _MAGIC:
         raise Untrusted(f"{name} is not an object of relume, or was cut short ({len(data)} bytes)")
     _, version, found = _HEAD.unpack_from(data)
@@ -133,7 +133,7 @@ def _check_head(data: bytes, least: int, kind: Kind, name: str) -> bytes:
         )
     if found != kind:
         raise Untrusted(f"{name} is an object of kind {found}, not {kind.name.lower()}")
-    return data[: _HEAD.size]
+    return bytes(data[: _HEAD.size])
 
 
 def _encrypt(key: bytes, bound: bytes, plain: bytes, kind: Kind, name: str) -> bytes:

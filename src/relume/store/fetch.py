@@ -134,7 +134,7 @@ def _open(objects: Objects, keyring: Keyring, cache: Cache, name: CheckpointName
 
 
 def _open_manifest(
-    objects: Objects, keyring: Keyring, name: CheckpointName, sealed: bytes
+    objects: Objects, keyring: Keyring, name: CheckpointName, sealed: bytes | memoryview
 ) -> tuple[Manifest, bytes, Chunks]:
     opened = unseal_signed(keyring, Kind.MANIFEST, name.manifest, sealed)
     manifest = parse(opened.body, Manifest, name.manifest)
@@ -143,7 +143,7 @@ def _open_manifest(
 
 
 def _streams(
-    manifest: Manifest, data_key: bytes, name: CheckpointName, sealed: bytes
+    manifest: Manifest, data_key: bytes, name: CheckpointName, sealed: bytes | memoryview
 ) -> tuple[index.Stream, ...]:
     if manifest.index != manifest.index.of(sealed):
         raise Untrusted(f"the index of {name.id} is not the one that its manifest names")

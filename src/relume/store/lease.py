@@ -169,7 +169,7 @@ class Leases:
     def facts(self, prefix: str, number: int) -> dict[str, Any]:
         """What the owner of lease `number` wrote into it. Not signed: a hint, never a ground for trust."""
         try:
-            found = json.loads(self.objects.get(f"{prefix}/{number}/0", limit=_LIMIT))
+            found = json.loads(bytes(self.objects.get(f"{prefix}/{number}/0", limit=_LIMIT)))
         except (ObjectMissing, ValueError):
             return {}
         return found if isinstance(found, dict) else {}

@@ -35,10 +35,10 @@ class ObjectRef(Record):
     blake3: Digest
 
     @classmethod
-    def of(cls, stored: bytes) -> ObjectRef:
+    def of(cls, stored: bytes | memoryview) -> ObjectRef:
         return cls(size=len(stored), blake3=blake3(stored).hexdigest())
 
-    def fetch(self, objects: Objects, name: str, kind: Kind, *, fresh: bool = False) -> bytes:
+    def fetch(self, objects: Objects, name: str, kind: Kind, *, fresh: bool = False) -> memoryview:
         """The stored bytes. Raises Untrusted for other bytes than this one names, or more than `kind` may have."""
         if self.size > stored_limit(kind):
             raise Untrusted(

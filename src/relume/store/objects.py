@@ -104,7 +104,7 @@ class Objects:
         if url.startswith(("s3:", "gs:", "az:")):
             self._fresh_backend = _connect(url, None, self.patience, {"Cache-Control": "no-cache"})
 
-    def get(self, name: str, *, limit: int, fresh: bool = False) -> bytes:
+    def get(self, name: str, *, limit: int, fresh: bool = False) -> memoryview:
         """The object's bytes. `fresh` asks caches on the way to pass the request on.
 
         Raises ObjectMissing, and StoreError for one larger than `limit` bytes (nothing of it is read) or a
@@ -112,7 +112,7 @@ class Objects:
         """
         backend = self._fresh_backend if fresh else self._backend
 
-        def attempt() -> bytes:
+        def attempt() -> memoryview:
             answer = obstore.get(backend, name)
             size = answer.meta["size"]
             if size > limit:
@@ -120,7 +120,7 @@ class Objects:
                     f"{name} in {self.url} has {size} bytes; nothing of its kind is larger than {limit}",
                     hint="Somebody else writes to this store, or the object is damaged.",
                 )
-            data = answer.bytes().to_bytes()
+            data = memoryview(answer.bytes())  # not copied
             if len(data) != size:
                 raise ConnectionError(f"{len(data)} of {size} bytes came")
             return data

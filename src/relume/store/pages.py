@@ -64,6 +64,10 @@ class RemotePages:
     def path(self, stream: str) -> Path:
         return self._files[stream].path
 
+    def present(self, stream: str, first: int, count: int) -> bool:
+        """Would `ensure` return at once?"""
+        return self._files[stream].missing(first, count) < 0
+
     def ensure(self, stream: str, first: int, count: int) -> None:
         """Return once the `count` pages from page `first` on are in the file. Raises Untrusted, StoreError, OSError."""
         file = self._files[stream]

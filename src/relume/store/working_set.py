@@ -78,6 +78,11 @@ class WorkingSet:
     def stored_bytes(self) -> int:
         return sum(part.ref.size for part in self.parts)
 
+    def __iter__(self) -> Iterator[PageRun]:
+        """Every run, in touch order."""
+        for part in range(len(self.parts)):
+            yield from self.runs(part)
+
     def runs(self, part: int) -> Iterator[PageRun]:
         for stream, first, pages in self.parts[part].runs:
             yield PageRun(self._streams[stream], first, pages)

@@ -18,12 +18,16 @@ def some_pages(seed: int, count: int, *, zero_every: int = 0) -> bytes:
     """`count` pages of noise that compresses about in half; every `zero_every`-th is zero."""
     rng = random.Random(seed)
     return b"".join(
-        bytes(PAGE) if zero_every and page % zero_every == 0 else rng.randbytes(PAGE // 2) + bytes(PAGE // 2 - 8) + b"\1" * 8
+        bytes(PAGE)
+        if zero_every and page % zero_every == 0
+        else rng.randbytes(PAGE // 2) + bytes(PAGE // 2 - 8) + b"\1" * 8
         for page in range(count)
     )
 
 
-def write_checkpoint(root: Path, *, seed: int = 1, pages: int = 700, build: str = "build-1") -> LocalCheckpoint:
+def write_checkpoint(
+    root: Path, *, seed: int = 1, pages: int = 700, build: str = "build-1"
+) -> LocalCheckpoint:
     """Two page images, small images, a held tree and a companion, as the checkpoint room leaves them."""
     images, held = root / "images", root / "held"
     images.mkdir(parents=True)

@@ -24,7 +24,8 @@ def published(region: Region, source: LocalCheckpoint) -> CheckpointName:
 
 def same_pages(directory: Path, source: LocalCheckpoint) -> bool:
     return all(
-        (directory / name).read_bytes() == (source.images / name).read_bytes() for name in ("pages-1.img", "pages-2.img")
+        (directory / name).read_bytes() == (source.images / name).read_bytes()
+        for name in ("pages-1.img", "pages-2.img")
     )
 
 
@@ -33,7 +34,12 @@ def test_another_node_gets_the_same_bytes(node: Nodes, checkpoint: LocalCheckpoi
     b = node("b")
     manifest = b.find("build-1", "x86-1")
     assert manifest is not None
-    assert (manifest.app, manifest.node, manifest.facts, manifest.layers) == ("an-app", "a", {"processes": 2}, ("a" * 64,))
+    assert (manifest.app, manifest.node, manifest.facts, manifest.layers) == (
+        "an-app",
+        "a",
+        {"processes": 2},
+        ("a" * 64,),
+    )
     fetched = b.fetch(manifest.name)
     assert not fetched.complete
     assert (fetched.images / "inventory.img").read_bytes() == b"inventory" * 100
@@ -70,7 +76,9 @@ def test_the_working_set_comes_in_few_requests(node: Nodes, tmp_path: Path) -> N
     source = write_checkpoint(tmp_path / "large", pages=6000)
     a, b = node("a"), node("b")
     manifest = a.manifest(published(a, source))
-    runs = [PageRun("pages-1.img", first, 6) for first in range(5993, 0, -70)] + [PageRun("pages-2.img", 0, 40)]
+    runs = [PageRun("pages-1.img", first, 6) for first in range(5993, 0, -70)] + [
+        PageRun("pages-2.img", 0, 40)
+    ]
     assert a.publish_working_set(manifest, runs, source.images) == 1
     fetched = b.fetch(manifest.name)
     before, read = b.counters.requests, b.counters.bytes_read
@@ -92,7 +100,10 @@ def test_a_fault_in_the_working_set_asks_for_its_part_once(node: Nodes, checkpoi
     a.publish_working_set(manifest, [PageRun("pages-1.img", 1, 600)], checkpoint.images)
     fetched = b.fetch(manifest.name)
     before = b.counters.requests
-    threads = [threading.Thread(target=fetched.pages.ensure, args=("pages-1.img", at, 10)) for at in range(1, 500, 50)]
+    threads = [
+        threading.Thread(target=fetched.pages.ensure, args=("pages-1.img", at, 10))
+        for at in range(1, 500, 50)
+    ]
     for thread in threads:
         thread.start()
     fetched.pages.prefetch()
@@ -104,10 +115,10 @@ def test_a_fault_in_the_working_set_asks_for_its_part_once(node: Nodes, checkpoi
 
 def test_a_second_build_brings_only_what_changed(node: Nodes, tmp_path: Path) -> None:
     a = node("a")
-    first = write_checkpoint(tmp_path / "one", pages=8000)
-    second = write_checkpoint(tmp_path / "two", pages=8000, build="build-2")
+    first = write_checkpoint(tmp_path / "one", pages=20000)
+    second = write_checkpoint(tmp_path / "two", pages=20000, build="build-2")
     pages = (second.images / "pages-1.img").read_bytes()
-    moved = b"\7" * PAGE * 3 + pages[: 4000 * PAGE] + b"\5" * PAGE + pages[4001 * PAGE :]
+    moved = b"\7" * PAGE * 3 + pages[: 10000 * PAGE] + b"\5" * PAGE + pages[10001 * PAGE :]
     (second.images / "pages-1.img").write_bytes(moved)
     whole = a.manifest(published(a, first)).sizes
     added = a.manifest(published(a, second)).sizes
@@ -140,7 +151,9 @@ def test_a_late_writer_cannot_publish_over_a_newer_one(node: Nodes, checkpoint: 
     assert [name.generation for name in b.names()] == [2]
 
 
-def test_an_older_genuine_manifest_is_refused(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:
+def test_an_older_genuine_manifest_is_refused(
+    node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path
+) -> None:
     a = node("a")
     published(a, checkpoint)
     newest = published(a, checkpoint)
@@ -151,7 +164,9 @@ def test_an_older_genuine_manifest_is_refused(node: Nodes, checkpoint: LocalChec
         node("b").find("build-1", "x86-1")
 
 
-def test_a_manifest_under_another_name_is_refused(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:
+def test_a_manifest_under_another_name_is_refused(
+    node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path
+) -> None:
     a = node("a")
     name = published(a, checkpoint)
     for other in (CheckpointName("build-2", "x86-1", 1), CheckpointName("build-1", "x86-1", 9)):
@@ -169,7 +184,9 @@ def test_without_the_regions_key_nothing_is_accepted(node: Nodes, checkpoint: Lo
 
 
 @pytest.mark.parametrize("kind", ["chunk", "index", "images", "manifest"])
-def test_one_flipped_bit_is_a_refusal(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path, kind: str) -> None:
+def test_one_flipped_bit_is_a_refusal(
+    node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path, kind: str
+) -> None:
     name = published(node("a"), checkpoint)
     if kind == "chunk":
         victims = [path for path in (tmp_path / "store" / "chunk").rglob("*") if path.is_file()]
@@ -276,7 +293,9 @@ def test_layers_and_builds(node: Nodes, tmp_path: Path) -> None:
         b.fetch_layer("e" * 64, tmp_path / "none.tar")
 
 
-def test_a_store_that_is_gone_is_a_clear_error(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:
+def test_a_store_that_is_gone_is_a_clear_error(
+    node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path
+) -> None:
     a = node("a")
     lease = a.lease("an-app", "build-1", "x86-1")
     (tmp_path / "store").rename(tmp_path / "away")
