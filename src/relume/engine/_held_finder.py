@@ -74,8 +74,11 @@ class Finder:
                 self._socket(pid, fd, int(target[8:-1]), who, root)
             elif target == "anon_inode:inotify":
                 self._watches(proc.fdinfo(pid, fd), who, root)
-        for mapping in proc.mappings(pid):
-            self._mapping(pid, mapping, who, root)
+        for name, span in proc.mapped(pid).items():
+            if not name.startswith("/") or (name, "mapped") in self._found:
+                continue
+            if _mount_of(f"/proc/{pid}/map_files/{span}") == root.mnt_id:
+                self._add(name, who, "mapped")
 
     def _file(self, pid: int, fd: int, target: str, who: tuple[int, str], root: proc.Mount) -> None:
         known = self._found.get((target, "open"))
@@ -84,13 +87,6 @@ class Finder:
         info = proc.fdinfo(pid, fd)
         if proc.mount_id(info) == root.mnt_id:
             self._add(target, who, "open", locked="\nlock:" in info)
-
-    def _mapping(self, pid: int, mapping: proc.Mapping, who: tuple[int, str], root: proc.Mount) -> None:
-        if not mapping.path.startswith("/") or (mapping.path, "mapped") in self._found:
-            return
-        span = f"{mapping.start:x}-{mapping.end:x}"
-        if _mount_of(f"/proc/{pid}/map_files/{span}") == root.mnt_id:
-            self._add(mapping.path, who, "mapped")
 
     def _socket(self, pid: int, fd: int, inode: int, who: tuple[int, str], root: proc.Mount) -> None:
         space = proc.namespace(pid, "net")

@@ -139,6 +139,7 @@ class _Examination:
         self._pids = pids
         self._rootfs = rootfs
         self._gpu = gpu
+        self._mappable = ("/dev/shm/", "/dev/zero", "/dev/hugepages/", *(("/dev/nvidia",) if gpu else ()))
         self._namespaces = {kind: proc.namespace(init, kind) for kind in _NAMESPACES}
         self._mounts = {mount.mnt_id: mount for mount in proc.mounts(init)}
         self._queues = {mount.device for mount in self._mounts.values() if mount.kind == "mqueue"}
@@ -155,8 +156,8 @@ class _Examination:
                 yield from self._descriptor(pid, fd, target)
             except proc.GONE:
                 continue  # closed meanwhile
-        for mapping in proc.mappings(pid):
-            yield from self._mapping(pid, mapping)
+        for name, span in proc.mapped(pid).items():
+            yield from self._mapping(f"/proc/{pid}/map_files/{span}", name)
 
     def _traced(self, tracer: int) -> Finding:
         try:
@@ -235,20 +236,19 @@ class _Examination:
             return
         yield f"holds the device {target}", "close it before the request"
 
-    def _mapping(self, pid: int, mapping: proc.Mapping) -> Iterator[Finding]:
-        path = mapping.path
-        if path.startswith("/secretmem"):
+    def _mapping(self, link: str, name: str) -> Iterator[Finding]:
+        if name.startswith("/secretmem"):
             yield _SECRET
-        elif path.startswith("anon_inode:"):
-            yield _kind(path.removeprefix("anon_inode:"))
-        elif path == "[uprobes]":
+        elif name.startswith("anon_inode:"):
+            yield _kind(name.removeprefix("anon_inode:"))
+        elif name == "[uprobes]":
             yield "is watched by a uprobe", "stop tracing it before the request"
-        elif path.startswith("/dmabuf:"):
+        elif name.startswith("/dmabuf:"):
             yield "maps a DMA buffer", "free it before the request"
-        elif path.startswith("/dev/") and not path.startswith(("/dev/shm/", "/dev/zero", "/dev/hugepages/")):
-            file = Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")
-            if stat.S_ISCHR(file.stat().st_mode) and not (self._gpu and path.startswith("/dev/nvidia")):
-                yield f"maps the device {path}", "unmap it before the request"
+        elif not name.startswith("/dev/") or name.startswith(self._mappable):
+            return
+        elif stat.S_ISCHR(Path(link).stat().st_mode):
+            yield f"maps the device {name}", "unmap it before the request"
 
     def _pidfd(self, info: str) -> Iterator[Finding]:
         fields = dict(line.split(":\t", 1) for line in info.splitlines() if ":\t" in line)

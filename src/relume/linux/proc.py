@@ -19,6 +19,7 @@ GONE = (FileNotFoundError, ProcessLookupError)
 DELETED = " (deleted)"
 """What the kernel appends to the name of a file that has none any more. A real name may end so too."""
 
+_MAPPING = re.compile(rb"^([0-9a-f]+-[0-9a-f]+) \S+ \S+ \S+ \d+ +(\S.*)$", re.MULTILINE)
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
@@ -117,9 +118,22 @@ def mappings(pid: int) -> Iterator[Mapping]:
                 offset=int(fields[2], 16),
                 device=fields[3].decode(),
                 inode=int(fields[4]),
-                # Only a newline is escaped here (as \012), so a name with a backslash stays ambiguous.
-                path=os.fsdecode(fields[5].replace(b"\\012", b"\n")) if len(fields) > 5 else "",
+                path=_mapped_name(fields[5]) if len(fields) > 5 else "",
             )
+
+
+def mapped(pid: int) -> dict[str, str]:
+    """What its named mappings map: each name once, with the first of its address ranges ("START-END").
+
+    The range is the name of a link in /proc/PID/map_files. Names of memory are ``[heap]`` and the like. Read
+    in one go, by a regular expression: a process of a numeric library has thousands of mappings.
+    """
+    with open(f"/proc/{pid}/maps", "rb") as file:
+        text = file.read()
+    found: dict[str, str] = {}
+    for span, name in _MAPPING.findall(text):
+        found.setdefault(_mapped_name(name), span.decode())
+    return found
 
 
 def mounts(pid: int) -> list[Mount]:
@@ -202,6 +216,11 @@ def memory(pid: int) -> dict[str, int]:
 def _text(path: str) -> str:
     with open(path, errors="surrogateescape") as file:
         return file.read()
+
+
+def _mapped_name(field: bytes) -> str:
+    """In maps only a newline is escaped (as \\012), so a name with a backslash stays ambiguous."""
+    return os.fsdecode(field.replace(b"\\012", b"\n"))
 
 
 def _unescape(field: bytes) -> str:

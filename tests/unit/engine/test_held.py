@@ -1,0 +1,160 @@
+"""What this very process holds, and where a copy of it goes. Owners and overlay: tests/e2e/engine."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from relume.engine import held
+from relume.engine._held_finder import Finder, Held, sqlite_warnings
+from relume.engine._held_tree import Copier, Tree
+
+
+def found(how: str, path: Path) -> list[Held]:
+    return [
+        one for one in Finder(Path("/")).find([os.getpid()]) if one.how == how and f"/{one.path}" == str(path)
+    ]
+
+
+def test_open_files_and_their_state(tmp_path: Path) -> None:
+    with (
+        (tmp_path / "open").open("w") as plain,
+        (tmp_path / "gone").open("w"),
+        (tmp_path / "db-shm").open("w") as shm,
+    ):
+        (tmp_path / "gone").unlink()
+        fcntl.lockf(shm, fcntl.LOCK_EX)
+        (one,) = found("open", tmp_path / "open")
+        assert (one.pid, one.deleted, one.locked) == (os.getpid(), False, False)
+        assert found("open", tmp_path / "gone")[0].deleted
+        assert found("open", tmp_path / "db-shm")[0].locked
+        assert not plain.closed
+    assert found("open", tmp_path / "open") == []
+
+
+def test_a_name_that_really_ends_in_deleted(tmp_path: Path) -> None:
+    with (tmp_path / "odd (deleted)").open("w"):
+        (one,) = found("open", tmp_path / "odd (deleted)")
+        assert not one.deleted
+
+
+def test_where_a_process_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert found("working directory", tmp_path)
+    assert found("executable", Path(sys.executable).resolve())
+
+
+def test_processes_that_are_gone_or_going_hold_nothing() -> None:
+    zombie = subprocess.Popen(["true"])
+    time.sleep(0.05)
+    assert Finder(Path("/")).find([zombie.pid]) == []
+    zombie.wait()
+    assert Finder(Path("/")).find([zombie.pid]) == []
+
+
+@pytest.mark.parametrize(
+    ("shm", "warned"),
+    [
+        ({"how": "open", "locked": True}, True),
+        ({"how": "open", "locked": False}, False),  # the database is not in WAL mode any more
+    ],
+)
+def test_sqlite(shm: dict[str, bool], warned: bool) -> None:
+    mapped = Held("data/x.db-shm", 4, "app", "mapped")
+    opened = Held("data/x.db-shm", 4, "app", **shm)  # type: ignore[arg-type]
+    warnings = sqlite_warnings([mapped, opened])
+    assert bool(warnings) is warned
+    assert all("app (pid 4) has the SQLite database /data/x.db open" in each for each in warnings)
+    assert sqlite_warnings([opened]) == []
+
+
+def test_the_limit_names_file_and_way_out() -> None:
+    one = Held("models/big.bin", 9, "server", "mapped")
+    assert held.too_large(one, 10, 10) is None
+    culprit = held.too_large(one, 11, 10)
+    assert culprit is not None
+    assert str(culprit) == (
+        "server (pid 9) holds /models/big.bin (mapped), 11 bytes in the writable layer; the limit is 10 bytes"
+    )
+    assert 'filesystem = "all"' in culprit.hint
+
+
+def copied(source: Path, target: Path, *paths: str) -> None:
+    tree = Tree(source)
+    copier = Copier(tree, target, lambda owner: owner)
+    try:
+        for path in paths:
+            status = tree.stat(path)
+            assert status is not None
+            copier.entry(path, status)
+        copier.finish()
+    finally:
+        copier.close()
+        tree.close()
+
+
+def test_directories_above_come_along_as_they_are(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "a/b").mkdir(parents=True)
+    target.mkdir()
+    (source / "a/b/file").write_bytes(b"data")
+    (source / "a/b/other").write_bytes(b"not asked for")
+    (source / "a").chmod(0o711)
+    os.utime(source / "a", ns=(10**18, 10**18 + 1))
+    copied(source, target, "a/b/file")
+    assert (target / "a/b/file").read_bytes() == b"data"
+    assert not (target / "a/b/other").exists()
+    assert (target / "a").stat().st_mode & 0o777 == 0o711
+    assert (target / "a").stat().st_mtime_ns == 10**18 + 1
+
+
+def test_what_is_mapped_and_not_written_back_is_copied(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "table").write_bytes(bytes(1 << 20))
+    with (source / "table").open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        mapped[4096:4101] = b"dirty"
+        copied(source, target, "table")
+    assert (target / "table").read_bytes()[4096:4101] == b"dirty"
+
+
+def test_no_path_goes_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/file").touch()
+    (tmp_path / "tree/link").symlink_to(tmp_path / "secret")
+    tree = Tree(tmp_path / "tree")
+    try:
+        assert tree.stat("link/file") is None
+        with pytest.raises(OSError):
+            tree.directory("link")
+        assert [path for path, _ in tree.walk()] == ["link"]
+    finally:
+        tree.close()
+
+
+def test_what_was_left_behind(tmp_path: Path) -> None:
+    upper, dest = tmp_path / "upper", tmp_path / "dest"
+    (upper / "app/__pycache__").mkdir(parents=True)
+    (upper / "data").mkdir()
+    (dest / "data").mkdir(parents=True)
+    (upper / "app/__pycache__/x.pyc").write_bytes(bytes(4096))
+    (upper / "data/kept").write_bytes(b"x")
+    (dest / "data/kept").write_bytes(b"x")
+    for number in range(12):
+        (upper / f"data/file{number:02}").write_bytes(bytes(4096))
+    left = held.survey(upper, dest, id_base=upper.stat().st_uid)
+    assert (left.count, left.bytes) == (13, 13 * 4096)
+    assert (left.cache_count, left.cache_bytes) == (1, 4096)
+    assert left.names == tuple(f"/data/file{number:02}" for number in range(10))
+    assert 'filesystem = "all"' in left.hint
+    # what the runtime made, outside of the container's ids, is nobody's loss
+    assert held.survey(upper, dest, id_base=upper.stat().st_uid + 1).count == 0
