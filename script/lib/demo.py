@@ -75,57 +75,81 @@ def environment() -> dict[str, str]:
     return os.environ | {"RELUME_STATE": str(STATE)}
 
 
+class Node:
+    """A node process with STATE. Raises DemoError where it does not start."""
+
+    def __init__(self) -> None:
+        STATE.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._log = STATE / "demo-node.log"
+        with self._log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [str(RELUME), "node", "run"],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=environment(),
+            )
+
+    def wait(self) -> str:
+        """The node's id, once it answers."""
+        deadline = time.monotonic() + 60
+        command = [str(RELUME), "node", "status", "-o", "json"]
+        while True:
+            asked = subprocess.run(command, capture_output=True, env=environment())
+            if asked.returncode == 0:
+                return str(json.loads(asked.stdout)["node_id"])
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                say(self._log.read_text(errors="replace")[-4000:])
+                raise DemoError("the node did not start; its log is above")
+            time.sleep(0.1)
+
+    def end(self) -> None:
+        """Instances would live on: remove them first."""
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
 @contextlib.contextmanager
 def running_node() -> Iterator[None]:
-    """A node with STATE while the block runs. Afterwards its instances and checkpoints are gone too.
+    """A node while the block runs. Afterwards its instances and checkpoints are gone, and nothing is left.
 
-    Raises DemoError where it does not start, or where it leaves something behind.
+    Raises DemoError where something is, in spite of all.
     """
-    STATE.mkdir(parents=True, exist_ok=True, mode=0o700)
-    log = STATE / "demo-node.log"
-    with log.open("wb") as output:
-        node = subprocess.Popen(
-            [str(RELUME), "node", "run"],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            env=environment(),
-        )
+    node = Node()
     node_id = ""
     try:
-        node_id = wait_for_node(node, log)
+        node_id = node.wait()
         remove_everything()  # a demo that was killed outright leaves what the node has adopted again by now
         yield
     finally:
         # From here on a second Ctrl-C would only leave things behind. Every step has a time limit.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        if node.poll() is None:
-            with contextlib.suppress(DemoError, subprocess.TimeoutExpired):
-                remove_everything()
-            node.terminate()
-            try:
-                node.wait(30)
-            except subprocess.TimeoutExpired:
-                node.kill()
+        take_down(node, node_id)
+
+
+def take_down(node: Node, node_id: str) -> None:
+    """End the node and all that is its own.
+
+    A start that was cut short may come up when the list of instances was read already. A node that is
+    started again finds it: that is what a node does with what an earlier run left.
+    """
+    left = []
+    for attempt in range(3):
+        with contextlib.suppress(DemoError, subprocess.TimeoutExpired):
+            if attempt:
+                node = Node()
                 node.wait()
-        if node_id and (left := left_behind(node_id)):
-            raise DemoError("\n  ".join(["left behind:", *left]))
-
-
-def wait_for_node(node: subprocess.Popen[bytes], log: Path) -> str:
-    """The node's id, once it answers."""
-    deadline = time.monotonic() + 60
-    while True:
-        command = [str(RELUME), "node", "status", "-o", "json"]
-        asked = subprocess.run(command, capture_output=True, env=environment())
-        if asked.returncode == 0:
-            return str(json.loads(asked.stdout)["node_id"])
-        if node.poll() is not None or time.monotonic() > deadline:
-            say(log.read_text(errors="replace")[-4000:])
-            raise DemoError("the node did not start; its log is above")
-        time.sleep(0.1)
+            remove_everything()
+        node.end()
+        if not node_id or not (left := left_behind(node_id)):
+            return
+    raise DemoError("\n  ".join(["left behind:", *left]))
 
 
 def remove_everything() -> None:
