@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NoReturn
 
-from relume.errors import RelumeError
+from relume.errors import BadRequest
 
 COMMANDS = {
     "doctor": "test this machine for what relume needs",
@@ -31,13 +31,6 @@ COMMANDS = {
 """Command -> one line of help. The command's module has the same name."""
 
 
-class UsageError(RelumeError):
-    """A command line that cannot be understood."""
-
-    code = "usage"
-    exit_code = 2
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, with errors that are raised (so that -o json holds for them too) and no abbreviations."""
 
@@ -45,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message, hint=f"{self.prog} --help")
+        raise BadRequest(message, hint=f"{self.prog} --help")
 
     def runs(self, command: Callable[[argparse.Namespace], int | None], *, output: bool = True) -> None:
         """Name the function of this command; ``output`` gives it ``-o``."""

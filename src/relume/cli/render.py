@@ -27,13 +27,12 @@ class Screen:
         self.drawn = not self.as_json and sys.stdout.isatty()
 
     def step(self, text: str) -> None:
-        """A step that is done or begins, on stderr."""
-        mark = "" if text.startswith(("✓", "✗", "•")) else "• "
-        _say(f"{mark}{text}")
+        """A step that begins, on stderr; indented text is what the step itself says."""
+        _say(text if text.startswith(" ") else f"• {text}")
 
     def done(self, text: str) -> None:
-        """A step that went well, on stderr."""
-        _say(f"✓ {text}")
+        """A step that went well, on stderr; indented text is what the step itself says."""
+        _say(text if text.startswith(" ") else f"✓ {text}")
 
     def note(self, text: str) -> None:
         """A remark that stops nothing, on stderr."""

@@ -63,6 +63,6 @@ def _lines(result: dict[str, Any]) -> list[str]:
 def _timeline(stages: dict[str, float]) -> list[str]:
     width = max(map(len, stages), default=0)
     return [
-        "  trace",
+        "  since the start",
         *(f"    {stage:<{width}}  {duration(seconds):>8}" for stage, seconds in stages.items()),
     ]

@@ -136,7 +136,11 @@ def node(state: Path) -> Iterator[FakeNode]:
         made.lines("POST /v1/apps/hello/start", {"progress": "restoring cp-1"}, {"result": STARTED})
         built = {"app": "hello", "build_id": "b-1", "seconds": 12.34}
         made.lines(
-            "POST /v1/deploy", {"progress": "Loaded 3 files"}, {"progress": "Built app"}, {"result": built}
+            "POST /v1/deploy",
+            {"progress": "Loaded 3 files"},
+            {"progress": "  pip: numpy"},
+            {"progress": "Built app"},
+            {"result": built},
         )
         yield made
 

@@ -147,7 +147,7 @@ def test_command_lines_that_are_none(relume: Relume, arguments: list[str]) -> No
     assert ran.err.startswith("✗ ")
     assert "--help" in ran.err
     if "-o" not in arguments:
-        assert relume(*arguments, "-o", "json").json["error"]["code"] == "usage"
+        assert relume(*arguments, "-o", "json").json["error"]["code"] == "bad_request"
 
 
 def test_no_command_prints_help(relume: Relume) -> None:

@@ -83,7 +83,7 @@ def test_deploy(node: Any, relume: Relume) -> None:
     assert ran.out == "✓ hello is deployed in 12.3 s: build b-1\n"
     lines = ran.err.splitlines()
     assert "DEPLOYMENT CONFIGURATION" in lines
-    assert lines[-3:] == ["✓ Loaded 3 files", "✓ Built app", "  next: relume start hello"]
+    assert lines[-4:] == ["✓ Loaded 3 files", "  pip: numpy", "✓ Built app", "  next: relume start hello"]
     assert node.calls == [("POST", "/v1/deploy", {"directory": str(shape), "fresh": True, "name": "other"})]
 
 

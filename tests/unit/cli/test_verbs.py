@@ -68,7 +68,7 @@ def test_start_cold_says_why(node: Any, relume: Relume) -> None:
 
 def test_start_trace(node: Any, relume: Relume) -> None:
     lines = relume("start", "hello", "--trace").out.splitlines()
-    assert lines[3:] == ["  trace", "    lookup    0.4 ms", "    criu       90 ms"]
+    assert lines[3:] == ["  since the start", "    lookup    0.4 ms", "    criu       90 ms"]
 
 
 def test_start_explain_shows_a_plan(node: Any, relume: Relume) -> None:
@@ -199,7 +199,7 @@ class _App(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def app(node: Any) -> Iterator[None]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _App) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}"
         rows = [
