@@ -1,0 +1,94 @@
+"""What the keeper asks of a pager, and what the pager tells it: JSON, one object a line, on one socket.
+
+To the pager: first the job (:class:`Job`), then ``{"command": "first_answer"}`` once, when the first
+response left (closes the recording, starts the fill), and ``{"command": "stop"}`` (kills what is left of the
+instance and ends). From it, each with ``"seconds"`` since the job came:
+
+``listening``  CRIU may be started
+``restored``   CRIU is done, the app runs
+``replayed``   ``bytes``, ``copy_seconds``, ``blocks``, ``withheld``: the working set is in
+``recorded``   ``bytes``, ``pieces``, ``missed``, ``path``: what was learned is on disk
+``filled``     ``processes`` with their counters, ``hashed_bytes``: nothing is left to come, the pager ends
+``gone``       the processes ended before; the pager ends
+``failed``     ``reason``: memory could not be served; the instance was killed before this line was written
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relume.errors import PagerError
+
+FILLS = ("all", "demand")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One restore.
+
+    ``images`` is the folder of CRIU's images, ``work_dir`` CRIU's work folder, where the socket is made.
+    ``working_set`` is replayed if it is there, ``record`` is where the new one goes. ``fill`` is "all" or
+    "demand". ``cgroup`` is the instance's group as relume.linux.cgroup names them; without it the restored
+    processes and their descendants are what is killed on a failure. ``verify`` is a folder for the memory of
+    verified blocks; without it nothing is hashed. ``record_limit_s`` bounds the recording, in seconds.
+    """
+
+    images: Path
+    work_dir: Path
+    working_set: Path | None = None
+    record: Path | None = None
+    fill: str = "all"
+    threads: int = 2
+    cgroup: str | None = None
+    verify: Path | None = None
+    record_limit_s: float = 60.0
+    await_answer: bool = True
+
+    @classmethod
+    def parse(cls, line: str) -> Job:
+        """Raises PagerError for anything that is not a job."""
+        try:
+            fields: dict[str, Any] = json.loads(line)
+            job = cls(
+                images=Path(fields["images"]),
+                work_dir=Path(fields["work_dir"]),
+                working_set=_path(fields.get("working_set")),
+                record=_path(fields.get("record")),
+                fill=fields.get("fill", "all"),
+                threads=int(fields.get("threads", 2)),
+                cgroup=fields.get("cgroup"),
+                verify=_path(fields.get("verify")),
+                record_limit_s=float(fields.get("record_limit_s", 60.0)),
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise PagerError(
+                f"not a job for a pager: {error!r}", hint="keeper and pager of different versions?"
+            ) from error
+        if job.fill not in FILLS or not 1 <= job.threads <= 64:
+            raise PagerError(
+                f"not a job for a pager: fill={job.fill!r} threads={job.threads}", hint="a caller's mistake"
+            )
+        return job
+
+    def line(self) -> str:
+        """The job as its line, without the newline; what parse reads."""
+        return json.dumps(
+            {
+                "images": str(self.images),
+                "work_dir": str(self.work_dir),
+                "working_set": str(self.working_set) if self.working_set else None,
+                "record": str(self.record) if self.record else None,
+                "fill": self.fill,
+                "threads": self.threads,
+                "cgroup": self.cgroup,
+                "verify": str(self.verify) if self.verify else None,
+                "record_limit_s": self.record_limit_s,
+            }
+        )
+
+
+def _path(value: Any) -> Path | None:
+    return None if value is None else Path(value)

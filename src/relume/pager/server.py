@@ -1,0 +1,395 @@
+"""The pager proper: one loop over sockets and userfaultfds, from the job to the last page.
+
+The loop reads all messages and serves the faults whose pages are at hand; those that need the disk or a hash
+go to a few threads, so that one slow read holds up nobody else. Replay and fill are threads of their own
+(background.py). Any error in any of them ends the process on the spot: the holder then kills the instance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import queue
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from relume.errors import PagerError, RelumeError
+from relume.images.files import read_image
+from relume.images.integrity import Verifier
+from relume.images.pagemap import Pagemap, read_pagemap
+from relume.pager import background, lazy_socket, working_set
+from relume.pager.holder import Board
+from relume.pager.job import Job
+from relume.pager.ranges import Range, RangeMap
+from relume.pager.source import FileSource, NoPages
+from relume.pager.space import AddressSpace, Served
+from relume.pager.working_set import Piece, Run, WorkingSet
+
+log = logging.getLogger(__name__)
+
+STOPPED = "stopped"
+"""The reason of an end that was asked for."""
+
+_RETRY_SECONDS = 0.001
+_PROBE_SECONDS = 1.0
+_DEMAND_THREADS = 3
+
+
+class Pager:
+    """Serves one restore. ``emit`` gets the events (job.py), ``control`` gives the commands that come meanwhile."""
+
+    def __init__(
+        self, job: Job, board: Board, emit: Callable[[dict[str, Any]], None], control: socket.socket | None
+    ) -> None:
+        self._job = job
+        self._board = board
+        self._emit_line = emit
+        self._control = control
+        self._began = time.monotonic()
+        self._selector = selectors.DefaultSelector()
+        self._pace = background.Pace()
+        self._spaces: list[AddressSpace] = []
+        self._finished: list[tuple[str, dict[str, int]]] = []
+        self._pagemaps: dict[int, Pagemap] = {}
+        self._sources: dict[int, FileSource] = {}
+        self._by_pages: dict[int, AddressSpace] = {}
+        self._restored_at: float | None = None
+        self._recording = True
+        self._cut_short = False
+        self._touched: list[Piece] = []
+        self._learned: WorkingSet | None = None
+        self._replay: background.Replay | None = None
+        self._fill: background.Fill | None = None
+        self._verifier: Verifier | None = None
+        self._slow: queue.SimpleQueue[tuple[AddressSpace, int]] = queue.SimpleQueue()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._commands = b""
+
+    # --- the story --------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Until the instance needs no pager any more: 0. Raises RelumeError, OSError."""
+        self._board.arm(self._job.cgroup)
+        server = lazy_socket.listen(self._job.work_dir)
+        self._watch(server, lambda: self._accept(server))
+        self._watch(self._wake_read, self._drain)
+        if self._control:
+            self._watch(self._control, self._command)
+        self._emit("listening")
+        self._open_images()
+        self._prepare_replay()
+        holder = os.getppid()
+        probed = time.monotonic()
+        while not self._over():
+            busy = any(space.waiting for space in self._spaces)
+            for key, _ in self._selector.select(_RETRY_SECONDS if busy else _PROBE_SECONDS):
+                key.data()
+            for space in list(self._spaces):
+                self._serve(space)
+            now = time.monotonic()
+            if now - probed > _PROBE_SECONDS:
+                probed = now
+                self._probe(holder)
+            self._close_complete()
+        return self._end()
+
+    def _open_images(self) -> None:
+        """Reads where everything lies, before the first task asks. Raises ImageError, Untrusted."""
+        if self._job.verify:
+            self._verifier = Verifier(self._job.images, self._job.verify)
+        for task in read_image(self._job.images / "pstree.img"):
+            if not (self._job.images / f"pagemap-{task.pid}.img").exists():
+                continue  # a zombie has no memory
+            pagemap = read_pagemap(self._job.images, task.pid)
+            self._pagemaps[task.pid] = pagemap
+            if any(pagemap.lazy):
+                verifier = self._verifier.pages(pagemap.pages) if self._verifier else None
+                self._sources[task.pid] = FileSource(pagemap.pages, verifier)
+
+    def _prepare_replay(self) -> None:
+        if self._job.working_set is None:
+            return
+        images = self._image_sizes()
+        self._learned, why = working_set.load(self._job.working_set, images)
+        if self._learned is None:
+            log.info("no working set: %s", why)
+            return
+        if not self._learned.worthwhile:
+            log.info("working set not replayed: starts without it were faster")
+            return
+        blocks, kept_back = background.blocks_of(self._learned)
+        self._replay = background.Replay(
+            blocks, kept_back, self._job.threads, self._pace, self._replayed, self._fail
+        )
+        self._replay.prefetch(
+            {_pages_id(self._pagemaps[pid]): source for pid, source in self._sources.items()}
+        )
+
+    def _accept(self, server: socket.socket) -> None:
+        connection = lazy_socket.Connection(server)
+        self._unwatch(server)
+        server.close()
+        self._watch(connection.socket, lambda: self._criu(connection))
+
+    def _criu(self, connection: lazy_socket.Connection) -> None:
+        match connection.receive():
+            case lazy_socket.Task() as task:
+                self._adopt(task)
+            case lazy_socket.Finished():
+                self._restored()
+            case lazy_socket.Closed():
+                self._unwatch(connection.socket)
+                connection.socket.close()
+                if self._restored_at is None:
+                    raise PagerError("CRIU ended before the restore was done", hint="CRIU's own log says why")
+
+    def _adopt(self, task: lazy_socket.Task) -> None:
+        if task.host_pid is not None:
+            self._board.add(task.host_pid)
+        pagemap = self._pagemaps.get(task.pid)
+        if pagemap is None:
+            raise PagerError(
+                f"CRIU restores process {task.pid}, which is not in the images",
+                hint="which images are these?",
+            )
+        source = self._sources.get(task.pid)
+        if source is None:
+            # Nothing of it is lazy, but its empty memory is registered all the same: it goes once CRIU is done.
+            self._watch_space(_without_pages(task))
+            return
+        space = AddressSpace(
+            name=str(task.pid),
+            descriptor=task.descriptor,
+            pages_id=_pages_id(pagemap),
+            pending=RangeMap(Range(each.address, each.end, each.offset) for each in pagemap.lazy),
+            layout=RangeMap(
+                Range(each.offset, each.offset + each.length, each.address) for each in pagemap.lazy
+            ),
+            source=source,
+            pid=task.host_pid,
+            on_copy=self._copied,
+            restored=False,
+        )
+        self._by_pages[space.pages_id] = space
+        self._watch_space(space)
+
+    def _restored(self) -> None:
+        self._restored_at = time.monotonic()
+        for space in self._spaces:
+            space.restored = True
+        if self._replay:
+            self._replay.start(self._by_pages)
+        for number in range(_DEMAND_THREADS):
+            threading.Thread(target=self._serve_slow, name=f"demand-{number}", daemon=True).start()
+        self._emit("restored", lazy_bytes=sum(space.pending.total for space in self._spaces))
+        if not self._job.await_answer:
+            self._recording = self._job.record is not None
+            self._first_answer()
+
+    # --- faults -----------------------------------------------------------------------------------
+
+    def _readable(self, space: AddressSpace) -> None:
+        if space.dead:
+            return
+        self._pace.fault()
+        for child in space.read():
+            self._watch_space(child)
+            if self._fill:
+                self._fill.nudge()
+
+    def _serve(self, space: AddressSpace) -> None:
+        for address in list(space.waiting):
+            if space.needs_waiting(address):
+                space.waiting.discard(address)
+                space.asked.add(address)
+                self._slow.put((space, address))
+                continue
+            outcome = space.serve(address)
+            if outcome is not Served.LATER:
+                space.waiting.discard(address)
+
+    def _serve_slow(self) -> None:
+        try:
+            while True:
+                space, address = self._slow.get()
+                outcome = space.serve(address)
+                if outcome is Served.LATER:
+                    space.waiting.add(address)
+                space.asked.discard(address)
+                self._wake()
+        except BaseException as error:
+            self._fail(error)
+
+    def _copied(self, pages_id: int, offset: int, length: int) -> None:
+        if self._recording:
+            self._touched.append(Piece(pages_id, offset, length))
+
+    # --- what is learned --------------------------------------------------------------------------
+
+    def _replayed(self, replay: background.Replay) -> None:
+        self._emit(
+            "replayed",
+            bytes=replay.copied,
+            copy_seconds=round(replay.seconds, 6),
+            blocks=len(replay.blocks),
+            withheld=sum(piece.length for piece in replay.kept_back),
+        )
+        self._wake()
+
+    def _first_answer(self) -> None:
+        """The recording ends, the fill begins."""
+        if self._recording and self._restored_at is not None:
+            self._recording = False
+            if self._job.record:
+                self._record(time.monotonic() - self._restored_at)
+        if self._job.fill == "all":
+            self._start_fill()
+
+    def _record(self, seconds: float) -> None:
+        assert self._job.record is not None
+        touched = tuple(self._touched)
+        missed = sum(piece.length for piece in touched)
+        learned = self._learned or WorkingSet(self._image_sizes(), ())
+        if self._replay:
+            replayed = tuple(piece for block in self._replay.blocks for piece in block)
+            pieces = working_set.refine([*replayed, *self._replay.kept_back], self._replay.kept_back, touched)
+        else:
+            pieces = learned.pieces or working_set.refine((), (), touched)
+        run = Run(self._replay is not None, seconds, missed)
+        updated = dataclasses.replace(learned, pieces=pieces).after(run)
+        try:
+            working_set.save(self._job.record, updated)
+        except OSError as error:
+            log.warning("%s: what was learned is lost: %s", self._job.record, error)
+            return
+        self._emit(
+            "recorded", bytes=updated.total, pieces=len(pieces), missed=missed, path=str(self._job.record)
+        )
+
+    def _start_fill(self) -> None:
+        if self._fill is None:
+            self._fill = background.Fill(self._job.cgroup, self._pace, self._wake, self._fail)
+            self._fill.start(lambda: [space for space in list(self._spaces) if not space.dead])
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def _close_complete(self) -> None:
+        """Lets go of memory that lacks nothing or is gone; from then on the kernel gives zeros, rightly."""
+        if self._restored_at is None or (self._replay and not self._replay.finished):
+            return
+        for space in list(self._spaces):
+            if space.dead or space.complete:
+                for child in [] if space.dead else space.read():
+                    self._watch_space(child)
+                if not space.dead and not space.complete:
+                    continue
+                was_dead = space.dead
+                self._selector.unregister(space.descriptor)
+                space.close()
+                self._spaces.remove(space)
+                self._cut_short |= was_dead and space.pending.total > 0
+                self._finished.append((space.name, dataclasses.asdict(space.counters)))
+
+    def _over(self) -> bool:
+        if self._restored_at is None or self._spaces:
+            return False
+        return not (self._job.record and self._recording and self._control)
+
+    def _end(self) -> int:
+        self._board.disarm()
+        self._emit(
+            "gone" if self._cut_short else "filled",
+            processes=dict(self._finished),
+            hashed_bytes=sum(source.hashed_bytes for source in self._sources.values()),
+        )
+        return 0
+
+    def _probe(self, holder: int) -> None:
+        """What nobody tells: processes that ended or exec'd, the holder's death, the end of patience."""
+        if os.getppid() != holder:
+            raise PagerError(
+                "the holder was killed", hint="nothing may kill it; the keeper ends the instance"
+            )
+        for space in self._spaces:
+            if self._restored_at is not None and not space.dead:
+                space.probe()
+        if (
+            self._recording
+            and self._restored_at is not None
+            and time.monotonic() - self._restored_at > self._job.record_limit_s
+        ):
+            self._first_answer()
+
+    # --- plumbing ---------------------------------------------------------------------------------
+
+    def _image_sizes(self) -> dict[int, int]:
+        return {_pages_id(each): each.pages_bytes for each in self._pagemaps.values()}
+
+    def _watch_space(self, space: AddressSpace) -> None:
+        self._spaces.append(space)
+        self._watch(space.descriptor, lambda: self._readable(space))
+
+    def _watch(self, file: int | socket.socket, act: Callable[[], None]) -> None:
+        self._selector.register(file, selectors.EVENT_READ, act)
+
+    def _unwatch(self, file: int | socket.socket) -> None:
+        self._selector.unregister(file)
+
+    def _command(self) -> None:
+        assert self._control is not None
+        received = self._control.recv(65536)
+        if not received:
+            self._unwatch(self._control)  # the keeper is gone; the memory is needed all the same
+            self._control = None
+            return
+        *lines, self._commands = (self._commands + received).split(b"\n")
+        for line in lines:
+            match json.loads(line).get("command"):
+                case "first_answer":
+                    self._first_answer()
+                case "stop":
+                    self._board.explain(STOPPED)
+                    os._exit(0)
+
+    def _emit(self, event: str, **facts: Any) -> None:
+        self._emit_line({"event": event, "seconds": round(time.monotonic() - self._began, 6), **facts})
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_write, b"\0")
+        except BlockingIOError:
+            pass
+
+    def _drain(self) -> None:
+        os.read(self._wake_read, 4096)
+
+    def _fail(self, error: BaseException) -> None:
+        """Ends the process, from whatever thread: the holder kills the instance and says why."""
+        log.error("%s", error, exc_info=not isinstance(error, RelumeError))
+        self._board.explain(
+            error.message if isinstance(error, RelumeError) else f"{type(error).__name__}: {error}"
+        )
+        os._exit(70)
+
+
+def _pages_id(pagemap: Pagemap) -> int:
+    return int(pagemap.pages.stem.rpartition("-")[2])
+
+
+def _without_pages(task: lazy_socket.Task) -> AddressSpace:
+    return AddressSpace(
+        name=str(task.pid),
+        descriptor=task.descriptor,
+        pages_id=0,
+        pending=RangeMap(),
+        layout=RangeMap(),
+        source=NoPages(),
+        pid=task.host_pid,
+        restored=False,
+    )

@@ -1,0 +1,403 @@
+"""The memory of one restored process: what it still lacks, and every rule about giving it that.
+
+An AddressSpace belongs to one userfaultfd. Copies may be made from several threads; messages are read by
+one thread (see gate.py for why these two exclude each other). docs/pager.md gives the rules with their
+sources. The one that all others serve: a page is given contents from the image only while it is in
+``pending``, and it is given zeros only while it is neither there nor being copied.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from relume.errors import PagerError
+from relume.images.pagemap import PAGE_SIZE
+from relume.linux import proc, userfaultfd
+from relume.linux.userfaultfd import Fault, Fork, Remap, Remove, Unmap
+from relume.pager.gate import Gate
+from relume.pager.ranges import Range, RangeMap
+from relume.pager.source import PageSource
+
+log = logging.getLogger(__name__)
+
+MINIMUM_WINDOW = 16 * PAGE_SIZE
+MAXIMUM_WINDOW = 256 * PAGE_SIZE
+"""Bytes brought in around a fault: the least, and the most where faults go upwards one after the other."""
+
+_STREAMS = 16
+"""Places of sequential access remembered per process."""
+
+_REMAP_RACE_SECONDS = 1.0
+_MEMORY_PATIENCE_SECONDS = 5.0
+
+
+class Served(enum.Enum):
+    """What became of an attempt to give pages."""
+
+    DONE = enum.auto()
+    LATER = enum.auto()
+    """The layout is changing, or somebody else is copying there: try again once messages were read."""
+    GONE = enum.auto()
+    """The memory no longer exists."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What was done for one process; bytes, or how often."""
+
+    faults: int = 0
+    fault_bytes: int = 0
+    zero_faults: int = 0
+    replayed_bytes: int = 0
+    filled_bytes: int = 0
+    dropped_bytes: int = 0
+    given_up_bytes: int = 0
+    forks: int = 0
+    again: int = 0
+
+
+@dataclass(slots=True)
+class _Stream:
+    """Where sequential faults are expected next, and how much to bring in then."""
+
+    expected: int
+    window: int
+
+
+@dataclass
+class AddressSpace:
+    """``name`` for logs; ``layout`` has the image's order: offset in the pages file -> address at the dump.
+
+    ``pid`` is the process on this host, None for one forked after the restore.
+
+    ``waiting`` are faults to be served by the loop, ``asked`` those given to a thread that may wait.
+    ``wiped`` are ranges with MADV_WIPEONFORK: a child gets zeros there, never the image's contents.
+    ``on_copy`` is told (offset in the pages file, length) of everything brought in by a fault.
+    """
+
+    name: str
+    descriptor: int
+    pages_id: int
+    pending: RangeMap
+    layout: RangeMap
+    source: PageSource
+    pid: int | None = None
+    wiped: RangeMap = field(default_factory=RangeMap)
+    on_copy: Callable[[int, int, int], None] | None = None
+    restored: bool = True
+    counters: Counters = field(default_factory=Counters)
+    gate: Gate = field(default_factory=Gate)
+    waiting: set[int] = field(default_factory=set)
+    asked: set[int] = field(default_factory=set)
+    dead: bool = False
+    generation: int = 0
+    _flying: list[Range] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _streams: list[_Stream] = field(default_factory=list)
+    _moved: list[tuple[float, int, int]] = field(default_factory=list)
+    _starved_since: float | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left to come, and nobody waits for anything."""
+        return not (self.pending.total or self._flying or self.waiting or self.asked)
+
+    def locate(self, offset: int, length: int) -> list[Range]:
+        """Where a piece of the pages file belongs in memory, unless the app moved it."""
+        return [
+            Range(address, address + end - start, start)
+            for start, end, address in self.layout.overlap(offset, offset + length)
+        ]
+
+    def next_pending(self, address: int) -> Range | None:
+        """The first range from ``address`` on that is still to come."""
+        with self._lock:
+            return self.pending.after(address)
+
+    def probe(self) -> None:
+        """Notices that the process ended or exec'd: nothing tells."""
+        if not userfaultfd.alive(self.descriptor):
+            self.dead = True
+
+    # --- messages (one thread) --------------------------------------------------------------------
+
+    def read(self) -> list[AddressSpace]:
+        """Reads what is queued and acts on all but the faults, which are put in ``waiting``.
+
+        Returns the address spaces of processes that were forked. Raises OSError, PagerError.
+        """
+        born = []
+        with self.gate.reading():
+            for message in userfaultfd.read(self.descriptor):
+                match message:
+                    case Fault(address):
+                        self.waiting.add(address & -PAGE_SIZE)
+                    case Fork(descriptor):
+                        born.append(self._fork(descriptor))
+                    case Remap(source, destination, length):
+                        self._remap(source, destination, length)
+                    case Remove(start, end):
+                        self._give_up(start, end)
+                    case Unmap(start, end):
+                        self._unmap(start, end)
+        return born
+
+    def _fork(self, descriptor: int) -> AddressSpace:
+        """The child's memory is ours as it was at the fork: no copy was under way, none succeeded since."""
+        self.counters.forks += 1
+        self.generation += 1
+        if self.pid is not None and self.pending.total:
+            self._learn_wiped(self.pid)
+        pending = self.pending.copy()
+        for start, end, _ in self.wiped:
+            pending.take(start, end)
+        return AddressSpace(
+            name=f"{self.name}+{self.generation}",
+            descriptor=descriptor,
+            pages_id=self.pages_id,
+            pending=pending,
+            layout=self.layout,
+            source=self.source,
+            wiped=self.wiped.copy(),
+            on_copy=self.on_copy,
+        )
+
+    def _learn_wiped(self, pid: int) -> None:
+        """MADV_WIPEONFORK tells nobody, but shows as "wf" in smaps; the process stands still in fork(2) now."""
+        try:
+            self.wiped = wiped_on_fork(pid)
+        except (*proc.GONE, PermissionError):
+            pass
+
+    def _remap(self, source: int, destination: int, length: int) -> None:
+        self.pending.move(source, destination, length)
+        self.wiped.move(source, destination, length)
+        now = time.monotonic()
+        self._moved = [each for each in self._moved if now - each[0] < _REMAP_RACE_SECONDS]
+        self._moved.append((now, destination, destination + length))
+
+    def _give_up(self, start: int, end: int) -> None:
+        self.counters.given_up_bytes += sum(each.length for each in self.pending.take(start, end))
+
+    def _unmap(self, start: int, end: int) -> None:
+        """munmap(2) announces itself after it let go of the memory map's lock.
+
+        So a range that another thread moved there meanwhile may be announced first (REMAP, then the UNMAP
+        of what lay there before). Such a range keeps its contents; if it was unmapped after all, copies
+        answer ENOENT and drop it then.
+        """
+        now = time.monotonic()
+        recent = RangeMap()
+        for when, low, high in self._moved:
+            if now - when < _REMAP_RACE_SECONDS:
+                recent.take(low, high)
+                recent.put(Range(low, high, low))
+        position = start
+        while position < end:
+            kept = recent.after(position)
+            stop = min(end, kept.start) if kept else end
+            if position < stop:
+                self._give_up(position, stop)
+                self.wiped.take(position, stop)
+            position = kept.end if kept and kept.start < end else end
+
+    # --- faults -----------------------------------------------------------------------------------
+
+    def serve(self, address: int) -> Served:
+        """Gives the page at ``address``, and its neighbours, to whoever waits for it.
+
+        Raises ImageError or Untrusted when the contents cannot be had, PagerError when they cannot be given.
+        """
+        window = self._window(address)
+        if window is None:
+            return self._serve_zeros(address)
+        memory = self.source.load(window.offset, window.length) - window.offset
+        result, left, copied = self._copy(window, memory)
+        if copied:
+            self.counters.faults += 1
+            self.counters.fault_bytes += copied
+            if self.on_copy:
+                self.on_copy(self.pages_id, window.offset, window.length)
+        if result is Served.DONE and (copied == 0 or any(each.start <= address < each.end for each in left)):
+            return Served.LATER  # taken by another thread since we looked: its copy may still fail
+        return result
+
+    def needs_waiting(self, address: int) -> bool:
+        """Whether serving ``address`` would wait for the source (a disk, a hash)."""
+        with self._lock:
+            found = self.pending.at(address)
+        if found is None:
+            return False
+        page = found.cut(address, address + PAGE_SIZE)
+        return not self.source.ready(page.offset, page.length)
+
+    def _window(self, address: int) -> Range | None:
+        """What to bring in for a fault at ``address``: more, the longer faults go upwards there."""
+        with self._lock:
+            found = self.pending.at(address)
+            if found is None:
+                return None
+            for stream in self._streams:
+                if stream.expected <= address < stream.expected + MINIMUM_WINDOW:
+                    stream.window = min(2 * stream.window, MAXIMUM_WINDOW)
+                    chosen = found.cut(address, address + stream.window)
+                    stream.expected = chosen.end
+                    return chosen
+            low = address & -MINIMUM_WINDOW
+            chosen = found.cut(low, low + MINIMUM_WINDOW)
+            self._streams.insert(0, _Stream(chosen.end, MINIMUM_WINDOW))
+            del self._streams[_STREAMS:]
+            return chosen
+
+    def _serve_zeros(self, address: int) -> Served:
+        """Memory that the image has nothing for, or that was given up: zeros, as the kernel would give."""
+        with self.gate.copying():
+            if self.dead:
+                return Served.GONE
+            with self._lock:
+                flying = sorted(each.start for each in self._flying if each.end > address)
+                if self.pending.at(address) or (flying and flying[0] <= address):
+                    return Served.LATER
+                _, high = self.pending.gap(address, address, (address & -MINIMUM_WINDOW) + MINIMUM_WINDOW)
+                high = min([high, *flying])
+            done, error = userfaultfd.zero(self.descriptor, address, high - address)
+            if error == errno.ENOENT and high - address > PAGE_SIZE:
+                done, error = userfaultfd.zero(self.descriptor, address, PAGE_SIZE)
+            if error == errno.EEXIST:
+                self._wake(address)
+        self.counters.zero_faults += 1
+        if done or error in (errno.EEXIST, errno.ENOENT):
+            return Served.DONE  # ENOENT: unmapped since; who waited there was woken by that
+        return self._after(error, address)
+
+    # --- copies -----------------------------------------------------------------------------------
+
+    def bring(self, wanted: Range) -> tuple[Served, int]:
+        """Copies what of ``wanted`` is pending; returns the outcome and the bytes copied. Loads them first.
+
+        Raises ImageError, Untrusted, PagerError.
+        """
+        memory = self.source.load(wanted.offset, wanted.length) - wanted.offset
+        result, _, copied = self._copy(wanted, memory)
+        return result, copied
+
+    def _copy(self, wanted: Range, memory: int) -> tuple[Served, list[Range], int]:
+        """Copies what is pending of ``wanted`` and was not moved there since; ``memory`` is the source's byte 0.
+
+        Returns the outcome, what of it is pending still, and the bytes copied.
+        """
+        with self.gate.copying():
+            if self.dead:
+                return Served.GONE, [], 0
+            shift = wanted.offset - wanted.start
+            with self._lock:
+                found = self.pending.take(wanted.start, wanted.end)
+                claimed = [each for each in found if each.offset - each.start == shift]
+                for each in found:
+                    if each.offset - each.start != shift:
+                        self.pending.put(each)
+                self._flying.extend(claimed)
+            result = Served.DONE if len(found) == len(claimed) else Served.LATER
+            left = claimed
+            copied = 0
+            try:
+                for position, each in enumerate(claimed):
+                    left = claimed[position:]
+                    outcome, rest, done = self._copy_one(each, memory)
+                    copied += done
+                    if outcome is not Served.DONE:
+                        result, left = outcome, [*rest, *claimed[position + 1 :]]
+                        break
+                else:
+                    left = []
+            finally:
+                with self._lock:
+                    for each in claimed:
+                        self._flying.remove(each)
+                    for each in left:
+                        self.pending.put(each)
+        return result, left, copied
+
+    def _copy_one(self, wanted: Range, memory: int) -> tuple[Served, list[Range], int]:
+        """Copies one claimed range. Returns the outcome, what is still pending of it, the bytes copied."""
+        position, end = wanted.start, wanted.end
+        shift = memory + wanted.offset - wanted.start
+        step = end - position
+        copied = 0
+        while position < end:
+            step = min(step, end - position)
+            done, error = userfaultfd.copy(self.descriptor, position, position + shift, step)
+            position += done
+            copied += done
+            if not error:
+                self._starved_since = None
+                step = end - position
+            elif error == errno.EEXIST:
+                # There already, whoever brought it: it is not ours to change. Waiters may have missed the wake.
+                self._wake(position)
+                position += PAGE_SIZE
+            elif error == errno.ENOENT and step > PAGE_SIZE:
+                step = (step // 2) & -PAGE_SIZE  # a copy must lie within one mapping: mprotect splits them
+            elif error == errno.ENOENT and self.restored:
+                # Nothing is registered here and no event is under way: unmapped (or MADV_DONTFORK in a child).
+                self.counters.dropped_bytes += PAGE_SIZE
+                position += PAGE_SIZE
+                step = end - position
+            else:
+                outcome = self._after(error, position)
+                return outcome, [] if outcome is Served.GONE else [wanted.cut(position, end)], copied
+        return Served.DONE, [], copied
+
+    def _after(self, error: int, address: int) -> Served:
+        """What an error means for the whole address space. Raises PagerError where the instance cannot go on."""
+        if error == errno.EAGAIN or (error == errno.ENOENT and not self.restored):
+            self.counters.again += 1
+            return Served.LATER
+        if error == errno.ESRCH or (error == errno.ENOSPC and not userfaultfd.alive(self.descriptor)):
+            self.dead = True
+            return Served.GONE
+        if error in (errno.ENOMEM, errno.ENOSPC):
+            now = time.monotonic()
+            self._starved_since = self._starved_since or now
+            if now - self._starved_since < _MEMORY_PATIENCE_SECONDS:
+                return Served.LATER
+        raise PagerError(
+            f"process {self.name}: the page at {address:#x} could not be given ({os.strerror(error)})",
+            hint="see the kernel's log; the instance was killed, it must not run on without this page",
+        )
+
+    def _wake(self, address: int) -> None:
+        try:
+            userfaultfd.wake(self.descriptor, address, PAGE_SIZE)
+        except OSError as error:
+            if error.errno != errno.ESRCH:
+                raise
+
+    def close(self) -> None:
+        """Lets go of the userfaultfd: the kernel gives zeros for whatever is missing from now on."""
+        with self.gate.reading():
+            self.dead = True
+            os.close(self.descriptor)
+
+
+def wiped_on_fork(pid: int) -> RangeMap:
+    """The ranges of process ``pid`` with MADV_WIPEONFORK, from VmFlags in its smaps (proc_pid_smaps(5))."""
+    found = RangeMap()
+    start = end = 0
+    with Path(f"/proc/{pid}/smaps").open("rb") as lines:
+        for line in lines:
+            if line.startswith(b"VmFlags:"):
+                if b" wf" in line:
+                    found.put(Range(start, end, start))
+            elif b"-" in (head := line.split(b" ", 1)[0]):
+                low, _, high = head.partition(b"-")
+                start, end = int(low, 16), int(high, 16)
+    return found
