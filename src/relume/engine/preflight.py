@@ -139,6 +139,7 @@ class _Examination:
         self._pids = pids
         self._rootfs = rootfs
         self._gpu = gpu
+        self._inside: set[str] = set()  # names known to lie on a mount of the container
         self._mappable = ("/dev/shm/", "/dev/zero", "/dev/hugepages/", *(("/dev/nvidia",) if gpu else ()))
         self._namespaces = {kind: proc.namespace(init, kind) for kind in _NAMESPACES}
         self._mounts = {mount.mnt_id: mount for mount in proc.mounts(init)}
@@ -157,7 +158,10 @@ class _Examination:
             except proc.GONE:
                 continue  # closed meanwhile
         for name, span in proc.mapped(pid).items():
-            yield from self._mapping(f"/proc/{pid}/map_files/{span}", name)
+            try:
+                yield from self._mapping(f"/proc/{pid}/map_files/{span}", name)
+            except proc.GONE:
+                continue  # unmapped meanwhile
 
     def _traced(self, tracer: int) -> Finding:
         try:
@@ -209,8 +213,11 @@ class _Examination:
                 )
         if target.startswith(_KERNEL_FILES):
             return
+        if target in self._inside:
+            return
         mount = proc.mount_id(proc.fdinfo(pid, fd))
         if mount in self._mounts:
+            self._inside.add(target)
             return
         status = Path(f"/proc/{pid}/fd/{fd}").stat()
         if f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}" in self._queues:

@@ -79,17 +79,22 @@ class UnixSocket:
 
 def link(pid: int, name: str) -> str:
     """Where the magic link /proc/PID/NAME points, as a path from the root of its mount namespace."""
-    return os.fsdecode(os.readlink(os.fsencode(f"/proc/{pid}/{name}")))
+    return os.readlink(f"/proc/{pid}/{name}")
 
 
-def descriptors(pid: int) -> Iterator[tuple[int, str]]:
+def descriptors(pid: int) -> list[tuple[int, str]]:
     """(number, target) of each open descriptor; ones closed meanwhile are left out."""
-    directory = f"/proc/{pid}/fd"
-    for name in os.listdir(directory):
-        try:
-            yield int(name), os.fsdecode(os.readlink(os.fsencode(f"{directory}/{name}")))
-        except GONE:
-            continue
+    found = []
+    directory = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in os.listdir(directory):
+            try:
+                found.append((int(name), os.readlink(name, dir_fd=directory)))
+            except GONE:
+                continue
+    finally:
+        os.close(directory)
+    return found
 
 
 def fdinfo(pid: int, fd: int) -> str:
