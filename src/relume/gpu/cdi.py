@@ -12,7 +12,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,6 +63,11 @@ class OciEdits:
     additional_gids: tuple[int, ...] = ()
     made: tuple[str, ...] = ()
 
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The device nodes inside, by path; a checkpoint remembers them for ``for_copy``."""
+        return tuple(device["path"] for device in self.devices)
+
 
 def load(folders: Sequence[Path] = FOLDERS, kind: str = KIND) -> Registry:
     """Read every .json and .yaml file. A bad file is a problem in the result, never an exception."""
@@ -105,6 +110,22 @@ def edits_for(registry: Registry, gpus: Iterable[Gpu]) -> OciEdits:
         chosen.append(device)
     shared = {str(device.source): device.shared for device in chosen}
     return _merge([device.edits for device in chosen] + list(shared.values()))
+
+
+def for_copy(edits: OciEdits, saved: Sequence[str]) -> tuple[OciEdits, tuple[str, ...]]:
+    """The edits for a copy whose checkpoint had the nodes ``saved``; and the nodes to add once it runs (``nodes``).
+
+    CRIU wants something at each saved name and makes nothing at others. A name that is not the copy's gets /dev/null
+    (seen with runc 1.1.5 and CRIU 4.2.1 in a user namespace, where runc binds its devices).
+    """
+    stale = [path for path in saved if path not in edits.nodes]
+    fill = [
+        {"destination": path, "type": "bind", "source": "/dev/null", "options": ["bind", "nosuid"]}
+        for path in stale
+    ]
+    kept = tuple(device for device in edits.devices if device["path"] in saved)
+    new = tuple(path for path in edits.nodes if path not in saved)
+    return replace(edits, devices=kept, mounts=(*edits.mounts, *fill)), new
 
 
 def apply(config: dict[str, Any], edits: OciEdits) -> dict[str, Any]:

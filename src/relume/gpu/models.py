@@ -29,32 +29,35 @@ _LARGE_A100: Final = 60 << 30
 
 
 def matches(gpu: Gpu, compute: str) -> bool:
-    """Whether a GPU is what ``compute`` names. A name that is not Cerebrium's is compared with the model's words."""
+    """Whether a GPU is what ``compute`` names (``relume.config`` has checked that it is a name of the schema)."""
+    chips = _CHIPS.get(compute, ())
     words = re.split(r"[^A-Z0-9]+", gpu.model.upper())
-    chips = _CHIPS.get(compute.upper())
-    if chips is None:
-        wanted = re.split(r"[^A-Z0-9]+", compute.upper())
-        return any(words[at : at + len(wanted)] == wanted for at in range(len(words)))
     if not any(chip in words for chip in chips):
         return False
-    return "A100" not in chips or (gpu.memory_bytes > _LARGE_A100) == compute.upper().endswith("80GB")
+    return "A100" not in chips or (gpu.memory_bytes > _LARGE_A100) == compute.endswith("80GB")
 
 
 def choose(
-    machine: Machine, compute: Sequence[str], count: int, taken: Collection[str] = (), *, model: str = ""
+    machine: Machine,
+    compute: Sequence[str],
+    count: int,
+    taken: Collection[str] = (),
+    *,
+    model: str = "",
+    prefer: Collection[str] = (),
 ) -> tuple[Gpu, ...]:
     """``count`` GPUs of one model that nobody has; the first entry of ``compute`` that fits wins.
 
     ``taken`` are UUIDs in use by other instances. ``model`` (NVML's name) narrows the choice to what a checkpoint can
-    be restored on. The GPU with the least memory in use comes first. Raises GpuUnavailable, saying what there is.
+    be restored on; ``prefer`` are the UUIDs it was taken on, where a copy needs no remapping. Then the GPU with the
+    least memory in use comes first. Raises GpuUnavailable, saying what there is.
     """
     free = [gpu for gpu in machine.gpus if gpu.uuid not in taken and not gpu.mig]
     for wanted in compute:
         fitting = [gpu for gpu in free if matches(gpu, wanted) and model in ("", gpu.model)]
         for name in dict.fromkeys(gpu.model for gpu in fitting):
-            same = sorted(
-                (gpu for gpu in fitting if gpu.model == name), key=lambda gpu: (gpu.used_bytes, gpu.index)
-            )
+            same = [gpu for gpu in fitting if gpu.model == name]
+            same.sort(key=lambda gpu: (gpu.uuid not in prefer, gpu.used_bytes, gpu.index))
             if len(same) >= count:
                 return tuple(same[:count])
     have = ", ".join(f"{gpu.model}{' (in use)' if gpu.uuid in taken else ''}" for gpu in machine.gpus)

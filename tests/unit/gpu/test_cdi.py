@@ -125,6 +125,23 @@ def test_apply_adds_behind_what_is_there(tmp_path: Path, spec: dict[str, Any]) -
     assert cdi.apply(config, cdi.OciEdits())["mounts"] == config["mounts"]
 
 
+def test_a_copy_on_another_gpu(tmp_path: Path, spec: dict[str, Any]) -> None:
+    write(tmp_path, "nvidia.yaml", spec)
+    registry = cdi.load([tmp_path])
+    saved = cdi.edits_for(registry, GPUS[:1]).nodes
+    edits, new = cdi.for_copy(cdi.edits_for(registry, GPUS[1:]), saved)
+    assert saved == ("/dev/null",) and new == ("/dev/zero",) and edits.devices == ()
+    assert edits.mounts[-1]["destination"] == "/dev/null" and edits.mounts[-1]["source"] == "/dev/null"
+    assert {"allow": True, "type": "c", "major": 1, "minor": 5, "access": "rw"} in edits.rules
+    assert not any(rule["minor"] == 3 for rule in edits.rules)
+
+
+def test_a_copy_on_the_same_gpu_is_as_the_original(tmp_path: Path, spec: dict[str, Any]) -> None:
+    write(tmp_path, "nvidia.yaml", spec)
+    edits = cdi.edits_for(cdi.load([tmp_path]), GPUS)
+    assert cdi.for_copy(edits, edits.nodes) == (edits, ())
+
+
 def test_the_later_folder_wins(tmp_path: Path, spec: dict[str, Any]) -> None:
     write(tmp_path / "etc", "nvidia.yaml", spec)
     changed = copy.deepcopy(spec)

@@ -35,8 +35,6 @@ def gpu(model: str, memory: int = 24 * GIB, index: int = 0, used: int = 0, mig: 
         ("HOPPER_H100", "NVIDIA H100 80GB HBM3", 80 * GIB, True),
         ("HOPPER_H100", "NVIDIA H200", 141 * GIB, False),
         ("HOPPER_H200", "NVIDIA H200", 141 * GIB, True),
-        ("RTX 4090", "NVIDIA GeForce RTX 4090", 24 * GIB, True),
-        ("RTX 4090", "NVIDIA GeForce RTX 4080", 16 * GIB, False),
         ("TRN1", "NVIDIA L4", 24 * GIB, False),
         ("CPU", "NVIDIA L4", 24 * GIB, False),
     ],
@@ -52,6 +50,7 @@ def test_the_first_entry_that_fits_wins_and_the_emptiest_gpu() -> None:
     assert [one.index for one in choose(machine, ["HOPPER_H100", "ADA_L4", "TURING_T4"], 1)] == [1]
     assert [one.index for one in choose(machine, ["ADA_L4"], 2)] == [1, 0]
     assert [one.index for one in choose(machine, ["ADA_L4"], 1, {"GPU-1"})] == [0]
+    assert [one.index for one in choose(machine, ["ADA_L4"], 1, prefer=["GPU-0"])] == [0]
     assert [one.index for one in choose(machine, ["ADA_L4", "TURING_T4"], 1, model="NVIDIA T4")] == [2]
 
 
