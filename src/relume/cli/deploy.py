@@ -27,7 +27,7 @@ def deploy(options: Namespace) -> int:
     screen = Screen(options.output)
     file = options.config_file and options.config_file.absolute()
     config = load_app(options.directory, config_file=file, name=options.name)
-    config.require_deployable()
+    config.require_deployable(gpus=None)  # the node knows how many it has
     screen.warnings(config.warnings)
     if not options.yes and (screen.as_json or not sys.stdin.isatty()):
         raise BadRequest("nobody is there to confirm the deployment", hint="use -y")

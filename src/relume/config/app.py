@@ -243,7 +243,7 @@ class Hardware(Table):
         BeforeValidator(_one_as_list),
         AfterValidator(_compute),
         Key(
-            "CPU, or the GPU that the node must have; the model is not compared",
+            "`deploy` refuses an accelerator where instances can get none",
             allowed=f"up to 5 of one family: CPU, {', '.join(ACCELERATORS)}",
         ),
     ] = ("CPU",)
@@ -291,7 +291,11 @@ class Scaling(Table):
     min_replicas: Annotated[int, Field(ge=0, le=10_000), _scaling()] = 0
     max_replicas: Annotated[int, Field(ge=1, le=10_000), _scaling()] = 1
     replica_concurrency: Annotated[
-        int | None, Field(ge=1, le=100_000), _scaling("requests are not counted; 1 with a GPU, else 100")
+        int | None,
+        Field(ge=1, le=100_000),
+        Key(
+            "calls that functions of main.py take at once; by default 1 with a GPU, else 100. A server counts its own"
+        ),
     ] = None
     scaling_metric: Annotated[
         Literal["concurrency_utilization", "requests_per_second", "cpu_utilization", "memory_utilization"],
@@ -382,12 +386,17 @@ class CheckpointPolicy(Table):
     max_held_file_bytes: Annotated[
         int, Field(ge=0, le=2**40), Key("bytes; a larger held file fails the checkpoint")
     ] = 1_000_000_000
-    prepared: Annotated[int, Field(ge=0, le=64), Key("instances restored ahead of need")] = 0
+    prepared: Annotated[
+        int, Field(ge=0, le=64), Key("instances restored ahead of need: none yet", "accepted", matches=(0,))
+    ] = 0
     prepared_fill: Annotated[
-        Literal["working-set", "none"], Key("what a prepared instance already has in memory")
+        Literal["working-set", "none"],
+        Key("what a prepared instance already has in memory: there is none yet", "accepted"),
     ] = "working-set"
     prepared_max_age_s: Annotated[
-        int, Field(ge=1, le=86400), Key("seconds until a prepared instance is made anew")
+        int,
+        Field(ge=1, le=86400),
+        Key("seconds until a prepared instance is made anew: there is none yet", "accepted"),
     ] = 300
 
 

@@ -19,9 +19,9 @@ from relume.config.app import (
     app_name,
 )
 from relume.config.document import Document, read
-from relume.config.keys import key_of, leaves
+from relume.config.keys import key_of
 from relume.config.lenient import Remarks, misspelt_tables
-from relume.config.reader import model_of, value_at, written_keys
+from relume.config.reader import model_of, notice_what_is_not_acted_on, written_keys
 from relume.config.warning import ConfigWarning, shown
 from relume.errors import ConfigError
 
@@ -58,8 +58,11 @@ class AppConfig:
         """Requests that one instance takes at a time."""
         return self.scaling.replica_concurrency or (1 if self.hardware.accelerators else 100)
 
-    def require_deployable(self) -> None:
-        """Raise ConfigError for what ``check`` only mentions: valid, but no node could run it."""
+    def require_deployable(self, *, gpus: int | None = 0) -> None:
+        """Raise ConfigError for what ``check`` only mentions: valid, but this node could not run it.
+
+        ``gpus`` is how many an instance can get here; None leaves that to somebody who knows.
+        """
         if partner := self.runtime.partner:
             raise ConfigError(
                 f"{self.file}: cerebrium.runtime.{shown(partner)[1:-1]}: a partner's service, "
@@ -72,6 +75,13 @@ class AppConfig:
                 f"{self.file}: cerebrium.hardware.compute = {shown(self.hardware.compute[0])}: "
                 "these accelerators cannot be checkpointed and are not passed to instances",
                 hint='use compute = "CPU" or an NVIDIA GPU',
+                key="cerebrium.hardware.compute",
+            )
+        if gpus is not None and self.hardware.accelerators > gpus:
+            raise ConfigError(
+                f"{self.file}: cerebrium.hardware asks for {self.hardware.accelerators} x "
+                f"{' or '.join(self.hardware.compute)}: an instance on this node can get {gpus or 'none'}",
+                hint='use compute = "CPU", or another node',
                 key="cerebrium.hardware.compute",
             )
 
@@ -95,7 +105,8 @@ def load_app(
         data = _renamed(data, name)
     _require_table(document, data)
     file = model_of(AppFile, data, remarks, strict=strict)
-    _notice_what_is_not_acted_on(file, data, remarks)
+    notice_what_is_not_acted_on(file, data, remarks)
+    _notice_partners(data, remarks)
     _notice_what_is_hardly_meant(file, data, directory, remarks)
     parts = file.cerebrium
     return AppConfig(
@@ -144,18 +155,12 @@ def _require_table(document: Document, data: dict[str, Any]) -> None:
     )
 
 
-def _notice_what_is_not_acted_on(file: AppFile, data: dict[str, Any], remarks: Remarks) -> None:
-    written = written_keys(data, AppFile)
-    for path, field in leaves(AppFile):
-        key = key_of(field)
-        if path in written and key.support == "accepted" and value_at(file, path) not in key.matches:
-            remarks.add("not_acted", path, f"not acted on: {key.note}", value=written[path])
+def _notice_partners(data: dict[str, Any], remarks: Remarks) -> None:
     runtime = data["cerebrium"].get("runtime", {})
     for name in runtime:
         if name not in Runtime.model_fields and isinstance(runtime[name], dict):
-            remarks.add(
-                "not_acted", ("cerebrium", "runtime", name), "a partner's service: `relume deploy` refuses it"
-            )
+            message = "a partner's service: `relume deploy` refuses it"
+            remarks.add("not_acted", ("cerebrium", "runtime", name), message)
 
 
 def _notice_what_is_hardly_meant(

@@ -12,7 +12,7 @@ from relume.config.app import Text, bad
 from relume.config.document import read
 from relume.config.keys import Key, Table
 from relume.config.lenient import Remarks
-from relume.config.reader import model_of
+from relume.config.reader import model_of, notice_what_is_not_acted_on
 from relume.config.warning import ConfigWarning
 
 _SCHEMES = ("file:", "s3:", "gs:", "az:", "memory:")
@@ -39,35 +39,46 @@ class StoreSettings(Table):
         AfterValidator(lambda value: value if value is None else _store_url(value)),
         Key(
             "where checkpoints live; by default a directory in the node's state",
+            "accepted",
             allowed="file:PATH, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or memory:",
         ),
     ] = None
     max_cache_bytes: Annotated[
-        int, Field(ge=0, le=2**60), Key("bytes of a remote store's objects kept on this machine")
+        int, Field(ge=0, le=2**60), Key("bytes of a remote store's objects kept on this machine", "accepted")
     ] = 50_000_000_000
 
 
 class RegionSettings(Table):
     """``[region]``."""
 
-    name: Annotated[Text, Key("shown in listings; nodes that share a store share it")] = "local"
+    name: Annotated[Text, Key("shown in listings; nodes that share a store share it", "accepted")] = "local"
     key_file: Annotated[
         str | None,
-        Key("a file of `relume keys new`; nodes with the same one trust each other. Relative to node.toml"),
+        Key(
+            "a file of `relume keys new`; nodes with the same one trust each other. Relative to node.toml",
+            "accepted",
+        ),
     ] = None
-    prefetch: Annotated[bool, Key("fetch the working sets of new checkpoints before they are asked for")] = (
-        False
-    )
+    prefetch: Annotated[
+        bool,
+        Key(
+            "fetch the working sets of new checkpoints before they are asked for",
+            "accepted",
+            matches=(False,),
+        ),
+    ] = False
 
 
 class Limits(Table):
     """``[node.limits]``."""
 
-    max_instances: Annotated[int, Field(ge=1, le=10_000), Key("running and prepared instances")] = 200
+    max_instances: Annotated[
+        int, Field(ge=1, le=10_000), Key("running and prepared instances: not counted yet", "accepted")
+    ] = 200
     max_memory_bytes: Annotated[
         int | None,
         Field(ge=1, le=2**60),
-        Key("bytes of memory limits given out in all; by default the machine's"),
+        Key("bytes of memory limits given out in all, by default the machine's: not counted yet", "accepted"),
     ] = None
 
 
@@ -77,16 +88,17 @@ class NodeSettings(Table):
     listen: Annotated[
         str | None,
         AfterValidator(lambda value: value if value is None else _address(value)),
-        Key("an address for HTTP besides the unix socket; by default none", allowed="HOST:PORT"),
+        Key("an address for HTTP besides the unix socket: none yet", "accepted", allowed="HOST:PORT"),
     ] = None
     allow_userfaultfd: Annotated[
         bool,
         Key("set vm.unprivileged_userfaultfd=1 while the node runs; without it restores read all memory"),
     ] = True
     max_log_bytes: Annotated[
-        int, Field(ge=4096, le=2**40), Key("bytes after which an instance's log is rotated")
+        int,
+        Field(ge=4096, le=2**40),
+        Key("bytes after which an instance's log is rotated; one rotated log is kept"),
     ] = 64 * 2**20
-    log_files: Annotated[int, Field(ge=1, le=100), Key("rotated logs kept for each instance")] = 2
     limits: Annotated[Limits, Key("what instances may take together")] = Limits()
 
 
@@ -123,4 +135,5 @@ def load_node(path: Path | None) -> NodeConfig:
     document = read(path.absolute(), hint_if_missing="a node also runs without one: `relume node run`")
     remarks = Remarks(document)
     file = model_of(NodeFile, document.data, remarks, strict=False)
+    notice_what_is_not_acted_on(file, document.data, remarks)
     return NodeConfig(document.path, file.store, file.region, file.node, remarks.sorted())

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from relume.config.document import Document
-from relume.config.keys import Table, allowed, leaves, table_of
+from relume.config.keys import Table, allowed, key_of, leaves, table_of
 from relume.config.lenient import Remarks, with_known_types, without_unknown
 from relume.config.warning import ConfigWarning, dotted, shown
 from relume.errors import ConfigError
@@ -128,3 +128,12 @@ def written_keys(data: dict[str, Any], model: type[Table]) -> dict[tuple[str, ..
         if (value := _at(data, path)) is not None:
             found[path] = value
     return found
+
+
+def notice_what_is_not_acted_on(file: Table, data: dict[str, Any], remarks: Remarks) -> None:
+    """A remark for each key that is written and has no effect, unless its value is what happens anyway."""
+    written = written_keys(data, type(file))
+    for path, field in leaves(type(file)):
+        key = key_of(field)
+        if path in written and key.support == "accepted" and value_at(file, path) not in key.matches:
+            remarks.add("not_acted", path, f"not acted on: {key.note}", value=written[path])

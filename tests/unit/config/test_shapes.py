@@ -134,4 +134,12 @@ def test_what_only_the_vendor_has_is_mentioned_and_not_deployed(shape: str) -> N
 
 @pytest.mark.parametrize("shape", ["minimal", "fastapi-custom", "vllm-checkpointing", "gvisor", "dockerfile"])
 def test_what_a_node_can_run_is_deployable(shape: str) -> None:
-    load(shape).require_deployable()
+    load(shape).require_deployable(gpus=2)
+
+
+def test_gpus_are_counted() -> None:
+    config = load("vllm-checkpointing")
+    config.require_deployable(gpus=None)
+    for gpus, can_get in ((0, "none"), (1, "1")):
+        with pytest.raises(ConfigError, match=f"asks for 2 x HOPPER_H100 .* can get {can_get}"):
+            config.require_deployable(gpus=gpus)
