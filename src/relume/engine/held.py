@@ -29,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from relume.engine._culprit import Culprit
@@ -176,10 +176,10 @@ def survey(upper: Path, dest: Path, *, id_base: int) -> LeftBehind:
 def _names(source: Tree, held: Sequence[Held], limit_bytes: int) -> list[str]:
     """The paths of the layer to copy. Directories above a held file come along where the layer has them."""
     wanted: dict[str, os.stat_result] = {}
+    bereft: set[str] = set()  # directories in which a held file lost its name, and those above
     for one in held:
-        above = [one.path[:index] for index, letter in enumerate(one.path) if letter == "/"]
-        names = [*above, one.path, *(_link_remaps(source, above) if one.deleted else ())]
-        for name in names:
+        above = _above(one.path)
+        for name in (*above, one.path):
             if name in wanted or (status := source.stat(name)) is None:
                 continue
             if name == one.path and one.deleted and not is_whiteout(status):
@@ -189,6 +189,11 @@ def _names(source: Tree, held: Sequence[Held], limit_bytes: int) -> list[str]:
                 if culprit is not None:
                     raise Unsupported(str(culprit), hint=culprit.hint, culprits=[culprit.as_dict()])
             wanted[name] = status
+        if one.deleted:
+            bereft.update(above)
+    wanted |= {
+        name: status for name in _link_remaps(source, bereft) if (status := source.stat(name)) is not None
+    }
     linked = {
         status.st_ino for status in wanted.values() if stat.S_ISREG(status.st_mode) and status.st_nlink > 1
     }
@@ -197,11 +202,16 @@ def _names(source: Tree, held: Sequence[Held], limit_bytes: int) -> list[str]:
     return list(wanted)
 
 
-def _link_remaps(source: Tree, above: Sequence[str]) -> list[str]:
+def _above(path: str) -> list[str]:
+    """The directories above ``path``, the root ("") first."""
+    return ["", *(path[:index] for index, letter in enumerate(path) if letter == "/")] if path else []
+
+
+def _link_remaps(source: Tree, directories: Iterable[str]) -> list[str]:
     """CRIU's temporary names: in the directory of the deleted name or, where that is gone, one above it."""
     return [
         f"{directory}/{name}" if directory else name
-        for directory in ("", *above)
+        for directory in directories
         if (status := source.stat(directory)) is not None and stat.S_ISDIR(status.st_mode)
         for name in source.names(directory)
         if name.startswith(_LINK_REMAP)
