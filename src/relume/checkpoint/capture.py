@@ -285,6 +285,8 @@ class Capturer:
 
 def _answer(subject: Subject, status: str, reason: str | None, **more: Any) -> dict[str, Any]:
     base = {"status": status, "reason": reason, "checkpoint_id": None, "build_id": subject.build_id}
+    if status == "failed":
+        log.warning("checkpoint of %s failed: %s: %s", subject.instance_id, reason, more.get("message", ""))
     return base | {"instance_id": subject.instance_id} | more
 
 

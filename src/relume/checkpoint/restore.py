@@ -61,13 +61,13 @@ class Restoration:
             if path.stat().st_size == 0:
                 continue
             checker = verifier.pages(path)
-            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
-                view = memoryview(content)
-                try:
-                    checker.check(view, 0, len(view))
-                finally:
-                    view.release()
-                    checker.close()
+            with path.open("rb") as file:
+                # Not closed by hand: the traceback of a mismatch still holds a view of it.
+                content = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            try:
+                checker.check(memoryview(content), 0, len(content))
+            finally:
+                checker.close()
 
     def lay_files(self, upper: Path) -> None:
         """Put the held files into ``upper``, before the overlay is mounted on it."""

@@ -96,9 +96,10 @@ class Instance:
         self.phase = "starting"
         try:
             pid = await coming
-        except BaseException:
+        except BaseException as error:
             self.phase = "failed"
             await self._engine.close()
+            self._notify({"event": "failed", "message": str(error)})
             raise
         self._spawn(self._watch_end())
         return {"pid": pid, "timeline": self._engine.timeline}

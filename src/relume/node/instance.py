@@ -34,6 +34,8 @@ class Instance:
     deferred: bool = False
     maker: bool = False
     """Started by the node only to make a checkpoint."""
+    adopted: bool = False
+    """Taken over from an earlier run of the node."""
     state: InstanceState = "starting"
     port: int = 0
     started_at: float = dataclasses.field(default_factory=time.time)

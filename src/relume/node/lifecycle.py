@@ -134,7 +134,7 @@ class Lifecycle:
             try:
                 instance = await self._restore(build, checkpoint, environment or {}, trace)
                 return Started(instance, None, trace.elapsed, trace.stages)
-            except (RelumeError, OSError) as error:
+            except Exception as error:  # whatever it is, the start must not fail for it
                 reason = self._restore_failed(checkpoint, build, error)
                 trace.mark("restore_failed")
         instance = await self._boot(build, environment or {}, trace, deferred=checkpoint is not None)
@@ -204,7 +204,7 @@ class Lifecycle:
                 coming.result()
             await readiness
             self._keep(coming)
-        except (RelumeError, OSError) as error:
+        except Exception as error:
             words = criulog.explain(places.criu_work / "restore.log")
             await self._discard(instance, "failed")
             if isinstance(error, EngineError) and words.reason:
@@ -314,7 +314,9 @@ class Lifecycle:
 
     def _restore_failed(self, checkpoint: Checkpoint, build: Build, error: Exception) -> str:
         damaged = isinstance(error, Untrusted | ImageError)
-        message = error.message if isinstance(error, RelumeError) else str(error)
+        message = error.message if isinstance(error, RelumeError) else f"{type(error).__name__}: {error}"
+        if not isinstance(error, RelumeError | OSError):
+            log.error("restore of %s", checkpoint.checkpoint_id, exc_info=error)
         health = self._shelf.restore_failed(checkpoint.checkpoint_id, message, damaged=damaged)
         log.warning("restore of %s failed (%d): %s", checkpoint.checkpoint_id, health.failures, message)
         if health.quarantined:
@@ -358,6 +360,8 @@ class Lifecycle:
                     instance.state = "ready"
                     self._save(instance)
                 instance.ready.set()
+            case "failed" if instance.adopted:
+                self._keep(asyncio.create_task(self._discard(instance, "failed")))
             case "request":
                 self._keep(asyncio.create_task(self._answer_request(instance, event["request"])))
             case "exit":
@@ -416,7 +420,8 @@ class Lifecycle:
         await self._discard(instance, "exited" if wanted or instance.ready.is_set() else "failed")
 
     async def _discard(self, instance: Instance, state: str) -> None:
-        self.instances.pop(instance.instance_id, None)
+        if self.instances.pop(instance.instance_id, None) is None:
+            return  # somebody else is at it
         instance.state = "failed" if state == "failed" else "exited"
         instance.ended.set()
         self._state.end_instance(instance.instance_id, state)
@@ -488,6 +493,7 @@ class Lifecycle:
             maker=facts["maker"],
             port=told["port"],
             started_at=row["started_at"],
+            adopted=True,
         )
         if told["ready_at"] is not None:
             instance.state = "ready"
@@ -495,7 +501,17 @@ class Lifecycle:
         self.instances[instance.instance_id] = instance
         self._listen(instance)
         self._keep(asyncio.create_task(self._catch_up(instance, told["requests"])))
+        if not instance.ready.is_set():
+            self._keep(asyncio.create_task(self._see_through(instance)))
         return True
+
+    async def _see_through(self, instance: Instance) -> None:
+        """A start that an earlier run of this node began: nobody waits for it, but it must not linger."""
+        try:
+            await instance.until_ready(instance.settings.boot_timeout)
+        except StartFailed as error:
+            log.warning("%s", error.message)
+            await self._discard(instance, "failed")
 
     async def _catch_up(self, instance: Instance, requests: list[int]) -> None:
         """Answer what waited: first the dump that was going on, then the requests in their order."""

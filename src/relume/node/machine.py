@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def tidy(places: Places) -> None:
     """Take away directories of this node that are empty; a later start makes them again."""
     cgroup.remove(places.cgroup, timeout=0.1)
     cgroup.remove(CGROUP, timeout=0)
+    shutil.rmtree(places.verified, ignore_errors=True)
     for directory in (places.runc_root, places.runtime, RUN):
         try:
             directory.rmdir()

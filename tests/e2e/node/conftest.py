@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from harness import App, Relume, share_builds
 
+
 @pytest.fixture(scope="session")
 def workplace() -> Iterator[Path]:
     """A directory for states and apps, on a real disk, below a 0700 one."""
@@ -34,13 +35,15 @@ def relume(workplace: Path) -> Iterator[Relume]:
     yield node
     node.close()
     log = node.log.read_text()
-    assert "Traceback" not in log, log
+    assert "Traceback" not in log, log[-8000:]
 
 
 @pytest.fixture
 def app(workplace: Path, relume: Relume, request: pytest.FixtureRequest) -> Iterator[App]:
     """An app directory with a name of its own, removed from the session's node at the end."""
-    name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name.removeprefix("test_"))[:40]
+    name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name.removeprefix("test_"))[
+        :40
+    ]
     made = App(workplace / name, name.strip("-").lower())
     yield made
     relume.remove(made.name)

@@ -1,0 +1,345 @@
+"""What happens when things break: the app lives, the answer says why, nothing is left behind."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from harness import SNIPPET, App, Failed, Relume, get, until
+
+from relume.linux import cgroup, mounts
+
+
+def making(relume: Relume) -> list[Path]:
+    return list((relume.state / "checkpoints").glob(".making-*"))
+
+
+def node_id(relume: Relume) -> str:
+    return str(relume.json("node", "status")["node_id"])
+
+
+def processes(relume: Relume, instance: str) -> list[int]:
+    return cgroup.processes(f"/relume/{node_id(relume)}/{instance}")
+
+
+BIG = "ballast = bytearray(os.urandom(1 << 20) * 400)\n"
+
+POST_IN_THREAD = """
+def post(body=b"", **options):
+    request = urllib.request.Request("http://169.254.169.253:8234/checkpoint", method="POST", data=body)
+    return json.loads(urllib.request.urlopen(request, timeout=600).read())
+import urllib.request
+"""
+
+
+def test_damaged_image_boots_cold_and_is_replaced_in_the_background(relume: Relume, app: App) -> None:
+    app.write(f"{SNIPPET}\nserve()")
+    relume.deploy(app.directory)
+    relume.start(app.name)
+    (checkpoint,) = relume.checkpoints(app.name)
+    pages = next((relume.state / "checkpoints" / checkpoint["checkpoint_id"] / "images").glob("pages-*.img"))
+    with pages.open("r+b") as file:
+        file.seek(pages.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+    started = relume.start(app.name)
+    assert not started["restored"]
+    assert "restore failed" in started["reason"]
+    answer = relume.answer_of_post(started["instance_id"])
+    assert (answer["status"], answer["reason"]) == ("skipped", "deferred"), "nobody waits for a new one"
+    states = {row["checkpoint_id"]: row["state"] for row in relume.checkpoints(app.name)}
+    assert states[checkpoint["checkpoint_id"]] == "quarantined"
+    until(lambda: "ready" in [row["state"] for row in relume.checkpoints(app.name)], what="no replacement")
+    until(
+        lambda: len([row for row in relume.ps(app.name) if row["state"] == "ready"]) == 2,
+        what="the extra stays",
+    )
+    assert relume.start(app.name)["restored"]
+    with pytest.raises(Failed) as verified:
+        relume.json("checkpoints", "verify", checkpoint["checkpoint_id"])
+    assert verified.value.error["code"] == "untrusted"
+
+
+def test_images_removed_by_hand(relume: Relume, app: App) -> None:
+    app.write(f"{SNIPPET}\nserve()")
+    relume.deploy(app.directory)
+    relume.start(app.name)
+    (checkpoint,) = relume.checkpoints(app.name)
+    directory = relume.state / "checkpoints" / checkpoint["checkpoint_id"]
+    shutil.rmtree(directory / "images")
+    started = relume.start(app.name)
+    assert not started["restored"]
+    assert "restore failed" in started["reason"]
+    shutil.rmtree(directory)
+    until(lambda: [row["state"] for row in relume.checkpoints(app.name)] == ["ready"])
+    for row in relume.checkpoints(app.name):
+        shutil.rmtree(relume.state / "checkpoints" / row["checkpoint_id"])
+    started = relume.start(app.name)
+    assert not started["restored"]
+    assert "no checkpoint" in started["reason"]
+
+
+def test_app_that_ends_during_its_checkpoint(relume: Relume, app: App) -> None:
+    app.write(
+        f"""
+{POST_IN_THREAD}
+{BIG}
+ready = threading.Event()
+def ask():
+    ready.wait()
+    post()
+threading.Thread(target=ask, daemon=True).start()
+def go(_):
+    ready.set()
+    threading.Timer(0.15, os._exit, (7,)).start()
+ACTIONS["go"] = go
+serve()
+"""
+    )
+    relume.deploy(app.directory)
+    started = relume.start(app.name)
+    get(started, "/go")
+    until(lambda: relume.ps(app.name)[0]["state"] == "exited")
+    until(lambda: not making(relume))
+    assert processes(relume, started["instance_id"]) == []
+
+
+def test_app_killed_while_frozen(relume: Relume, app: App) -> None:
+    app.write(f"{POST_IN_THREAD}\n{BIG}\nACTIONS['go'] = lambda _: post()\nserve()")
+    relume.deploy(app.directory)
+    started = relume.start(app.name)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        asked = pool.submit(get, started, "/go")
+        until(lambda: making(relume))
+        time.sleep(0.2)
+        for pid in processes(relume, started["instance_id"]):
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(OSError):
+            asked.result()
+    until(lambda: relume.ps(app.name)[0]["state"] == "exited")
+    until(lambda: not making(relume))
+    assert not relume.start(app.name)["restored"]
+
+
+def test_client_that_hangs_up_during_the_post(relume: Relume, app: App) -> None:
+    app.write(
+        f"""
+{BIG}
+def go(_):
+    with socket.create_connection(("169.254.169.253", 8234)) as hasty:
+        hasty.sendall(b"POST /checkpoint HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 0\\r\\n\\r\\n")
+        time.sleep(0.1)
+ACTIONS["go"] = go
+serve()
+"""
+    )
+    relume.deploy(app.directory)
+    started = relume.start(app.name)
+    get(started, "/go")
+    until(lambda: [row["state"] for row in relume.checkpoints(app.name)] == ["ready"])
+    get(started, "/count")
+    assert relume.start(app.name)["restored"]
+
+
+def test_rubbish_at_the_sidecar(relume: Relume, app: App) -> None:
+    app.write(
+        """
+def talk(request):
+    with socket.create_connection(("169.254.169.253", 8234), timeout=30) as raw:
+        raw.sendall(request.encode("latin-1").decode("unicode_escape").encode("latin-1"))
+        return raw.recv(65536).decode("latin-1").split("\\r\\n")[0]
+import urllib.parse
+ACTIONS["talk"] = lambda text: talk(urllib.parse.unquote(text))
+def many(_):
+    import concurrent.futures, urllib.request
+    def one(_):
+        request = urllib.request.Request("http://169.254.169.253:8234/checkpoint", method="POST")
+        return json.loads(urllib.request.urlopen(request, timeout=600).read())["status"]
+    with concurrent.futures.ThreadPoolExecutor(200) as pool:
+        return sorted(pool.map(one, range(200)))
+ACTIONS["many"] = many
+def large(_):
+    with socket.create_connection(("169.254.169.253", 8234), timeout=30) as raw:
+        raw.sendall(b"POST /checkpoint HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 1073741824\\r\\n\\r\\n" + b"x" * 100000)
+        return raw.recv(65536).decode("latin-1").split("\\r\\n")[0]
+ACTIONS["large"] = large
+serve()
+"""
+    )
+    relume.deploy(app.directory)
+    started = relume.start(app.name)
+
+    def talk(text: str) -> str:
+        quoted = (
+            text.replace("\\", "%5C")
+            .replace(" ", "%20")
+            .replace("/", "%2F")
+            .replace("\r", "")
+            .replace("\n", "")
+        )
+        return str(get(started, f"/talk/{quoted}"))
+
+    end = "\\r\\nHost: x\\r\\nContent-Length: 0\\r\\n\\r\\n"
+    assert " 405 " in talk("GET /checkpoint HTTP/1.1" + end)
+    assert " 405 " in talk("PUT /checkpoint HTTP/1.1" + end)
+    assert " 404 " in talk("GET /../../etc/passwd HTTP/1.1" + end)
+    assert " 400 " in talk("rubbish" + end)
+    assert " 413 " in get(started, "/large")
+    outcomes = get(started, "/many", timeout=120)
+    assert len(outcomes) == 200
+    assert outcomes.count("created") == 1
+    assert set(outcomes) == {"created", "skipped"}
+    get(started, "/count")
+
+
+def test_no_room_on_the_disk(second: Relume, app: App) -> None:
+    app.write(f"{POST_IN_THREAD}\n{BIG}\nACTIONS['go'] = lambda _: post()\nserve()")
+    checkpoints = second.state / "checkpoints"
+    checkpoints.mkdir()
+    mounts.mount("tmpfs", checkpoints, "tmpfs", 0, "size=100m")
+    try:
+        second.start_node()
+        second.deploy(app.directory)
+        started = second.start(app.name)
+        answer = get(started, "/go")
+        assert (answer["status"], answer["reason"]) == ("failed", "insufficient_disk")
+        assert answer["needed_bytes"] > answer["free_bytes"]
+        assert making(second) == []
+
+        # Room at the first look, and none when it comes to writing.
+        mounts.mount("tmpfs", checkpoints, "tmpfs", mounts.MS_REMOUNT, "size=700m")
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            asked = pool.submit(get, started, "/go")
+            until(lambda: making(second))
+            with contextlib.suppress(OSError):
+                (checkpoints / "thief").write_bytes(b"x" * (700 << 20))
+            answer = asked.result()
+        assert answer["status"] == "failed", answer
+        assert making(second) == []
+        get(started, "/count")
+        (checkpoints / "thief").unlink()
+        assert get(started, "/go")["status"] == "created"
+    finally:
+        second.stop(app.name)
+        second.kill_node(signal.SIGTERM)
+        mounts.unmount(checkpoints)
+
+
+def test_proxy_variables_inside_do_not_reach_the_sidecar(relume: Relume, app: App) -> None:
+    app.write(f"{SNIPPET}\nserve()")
+    relume.deploy(app.directory)
+    proxy = ["--env", "http_proxy=http://127.0.0.1:9", "--env", "HTTP_PROXY=http://127.0.0.1:9"]
+    first = relume.start(app.name, *proxy)
+    assert relume.answer_of_post(first["instance_id"])["status"] == "created"
+
+
+def test_two_deploys_and_two_starts_at_once(relume: Relume, app: App) -> None:
+    app.write(f"time.sleep(0.5)\n{SNIPPET}\nserve()")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        builds = list(pool.map(lambda _: relume.deploy(app.directory)["build_id"], range(2)))
+        assert builds[0] == builds[1]
+        started = list(pool.map(lambda _: relume.start(app.name), range(2)))
+    answers = sorted(
+        (answer["status"], answer["reason"])
+        for answer in (relume.answer_of_post(one["instance_id"]) for one in started)
+    )
+    assert answers[0] == ("created", None)
+    assert answers[1][0] == "skipped"
+    assert answers[1][1] in ("exists", "in_progress")
+
+
+def test_bad_names(relume: Relume, app: App) -> None:
+    app.write("serve()")
+    file = app.directory / "cerebrium.toml"
+    file.write_text(file.read_text().replace(f'"{app.name}"', '"../../etc"'))
+    with pytest.raises(Failed) as refused:
+        relume.deploy(app.directory)
+    assert refused.value.error["code"] in ("config", "bad_request")
+    with pytest.raises(Failed) as refused:
+        relume.start("..")
+    assert refused.value.error["code"] in ("bad_request", "not_found")
+    with pytest.raises(Failed) as missing:
+        relume.start("no-such-app")
+    assert missing.value.error["code"] == "not_found"
+
+
+def test_app_that_fails_at_start(relume: Relume, app: App) -> None:
+    app.write("raise RuntimeError('no weights here')")
+    relume.deploy(app.directory)
+    with pytest.raises(Failed) as failed:
+        relume.start(app.name)
+    assert failed.value.error["code"] == "start_failed"
+    assert "no weights here" in failed.value.error["log"]
+    assert "status 1" in failed.value.error["message"]
+    assert "no weights here" in relume.logs(app.name)
+
+
+def test_no_node(workplace: Path) -> None:
+    lonely = Relume(workplace / "nobody")
+    done = lonely.run("ps", check=False)
+    assert done.returncode == 3
+    assert "relume node run" in done.stderr
+
+
+def test_a_stopped_child_does_not_hang_the_dump(relume: Relume, app: App) -> None:
+    app.write(
+        f"""
+import subprocess
+child = subprocess.Popen(["sleep", "1000"])
+os.kill(child.pid, 19)
+time.sleep(0.2)
+{SNIPPET}
+serve()
+"""
+    )
+    relume.deploy(app.directory)
+    first = relume.start(app.name)
+    assert relume.answer_of_post(first["instance_id"])["status"] == "created"
+    assert relume.start(app.name)["restored"]
+
+
+def test_knocking_at_the_port_during_the_dump(relume: Relume, app: App) -> None:
+    app.write(
+        f"""
+{BIG}
+threading.Thread(target=serve, daemon=True).start()
+time.sleep(0.5)
+silent = socket.create_server(("0.0.0.0", 8001))
+knock = [socket.create_connection(("127.0.0.1", 8001)) for _ in range(3)]
+{SNIPPET}
+threading.Event().wait()
+"""
+    )
+    relume.deploy(app.directory)
+    first = relume.start(app.name)
+    until(lambda: '{"status"' in relume.logs(first["instance_id"]))
+    assert relume.answer_of_post(first["instance_id"])["status"] == "created"
+    assert relume.start(app.name)["restored"]
+
+
+def test_unsupported_is_named_and_the_app_never_stopped(relume: Relume, app: App) -> None:
+    app.write(
+        f"""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+secret = libc.syscall(447, 0)
+{POST_IN_THREAD}
+ACTIONS["go"] = lambda _: dict(post(), secret=secret)
+serve()
+"""
+    )
+    relume.deploy(app.directory)
+    started = relume.start(app.name)
+    answer = get(started, "/go")
+    if answer["secret"] < 0:
+        pytest.skip("this kernel or profile has no memfd_secret")
+    assert (answer["status"], answer["reason"]) == ("failed", "unsupported")
+    assert answer["unsupported"][0]["process"].startswith("python")
