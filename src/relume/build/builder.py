@@ -57,6 +57,7 @@ class Builder:
                 finally:
                     await to_the_end(end_all(workspace))
             build = self._assemble(plan, config, made, fresh)
+            await self._depot.make_durable()
             self._depot.save(build)
         progress(f"build {build.build_id}: {len(build.layers)} layers in {time.monotonic() - started:.1f} s")
         return build

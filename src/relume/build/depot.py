@@ -11,7 +11,8 @@
 
 Guarantees: everything is made under another name and renamed, a layer before the index entry that names it, both
 before the build that needs them; a reader never sees half of one. Two builders, in one process or in two,
-never make the same thing at the same time. A crash leaves only tmp/ entries that nobody locks.
+never make the same thing at the same time. A crash leaves only tmp/ entries that nobody locks. A build is on
+disk before it is named: one syncfs(2) for all its layers, until then index entries hold for this boot only.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from relume.build import tree
 from relume.build.interrupt import in_thread
 from relume.build.model import Build, Layer
 from relume.errors import BuildError, HostError
-from relume.linux import mounts, syscall
+from relume.linux import mounts, process, syscall
 
 _POLL = 0.1
 _KEPT_WITHOUT_BUILD = "base"
@@ -53,6 +54,7 @@ class Depot:
         self.root = root
         self.layers = root / "layers"
         self.tmp = root / "tmp"
+        self._volatile: list[Path] = []
         for name in ("layers", "index", "builds", "builds-by-inputs", "cache", "locks", "tmp"):
             (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -119,14 +121,13 @@ class Depot:
         def work(check: Any) -> Layer:
             digest = tree.digest(made, check)
             layer = Layer(digest, self.layers / digest)
-            if not layer.path.is_dir():
-                _sync(made)
-                try:
-                    made.rename(layer.path)
-                    _sync_directory(self.layers)
-                except OSError:
-                    if not layer.path.is_dir():  # else somebody was faster with the same content
-                        raise
+            if layer.path.is_dir() and tree.digest(layer.path, check) != digest:
+                layer.path.rename(made.with_name("torn"))  # by a power cut: goes with the workspace
+            try:
+                made.rename(layer.path)
+            except OSError:
+                if not layer.path.is_dir():  # else the same content was there already
+                    raise
             return layer
 
         return await in_thread(work)
@@ -140,24 +141,42 @@ class Depot:
 
     def lookup(self, kind: str, key: str) -> Made | None:
         """What a stage ``kind`` with the inputs ``key`` gave; None if never made or no longer here."""
-        data = _read(self.root / "index" / kind / f"{key}.json")
-        if data is None or not (self.layers / str(data.get("layer"))).is_dir():
-            return None
-        return Made(self.layer(data["layer"]), data.get("facts") or {})
+        data = self._entry(self.root / "index" / kind / f"{key}.json")
+        return Made(self.layer(data["layer"]), data.get("facts") or {}) if data else None
 
     def record(self, kind: str, key: str, made: Made) -> None:
-        """Remember what a stage gave."""
-        directory = self.root / "index" / kind
-        directory.mkdir(exist_ok=True, mode=0o700)
-        self._write(directory / f"{key}.json", {"layer": made.layer.digest, "facts": dict(made.facts)})
+        """Remember what a stage gave; for this boot of the machine, until ``make_durable``."""
+        path = self.root / "index" / kind / f"{key}.json"
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        entry = {"layer": made.layer.digest, "facts": dict(made.facts)}
+        _write(path, {**entry, "boot": process.boot_id()}, durable=False)
+        self._volatile.append(path)
+
+    async def make_durable(self) -> None:
+        """Bring all layers to disk, and let the index entries that wait for it outlive a power cut."""
+        waiting, self._volatile = self._volatile, []
+        if not waiting:
+            return
+        await asyncio.to_thread(_sync, self.root)
+        for path in waiting:
+            if data := _read(path):
+                data.pop("boot", None)
+                _write(path, data)
+
+    def _entry(self, path: Path) -> dict[str, Any] | None:
+        """An index entry that still holds."""
+        data = _read(path)
+        if data is None or data.get("boot", process.boot_id()) != process.boot_id():
+            return None
+        return data if (self.layers / str(data.get("layer"))).is_dir() else None
 
     # --- builds -------------------------------------------------------------------------------------
 
     def save(self, build: Build) -> None:
         """Write a build, and make it the newest of its inputs."""
-        self._write(self.root / "builds" / f"{build.build_id}.json", build.as_dict())
+        _write(self.root / "builds" / f"{build.build_id}.json", build.as_dict())
         newest = self.root / "builds-by-inputs" / f"{build.inputs_digest}.json"
-        self._write(newest, {"build_id": build.build_id})
+        _write(newest, {"build_id": build.build_id})
 
     def load(self, build_id: str) -> Build | None:
         """A build with all its layers; None if there is none of that id or a layer is gone."""
@@ -201,27 +220,30 @@ class Depot:
             if not _try_lock(fd, shared=False):
                 return []
             needed = set(kept) | {layer.digest for build in self.builds() for layer in build.layers}
-            for entry in (self.root / "index").glob(f"{_KEPT_WITHOUT_BUILD}/*.json"):
-                needed.add(str((_read(entry) or {}).get("layer")))
+            for path in (self.root / "index").glob(f"{_KEPT_WITHOUT_BUILD}/*.json"):
+                needed.add(str((self._entry(path) or {}).get("layer")))
             gone = [path for path in self.layers.iterdir() if path.name not in needed]
             for path in gone:
                 doomed = self.tmp / f"gone-{path.name}"
                 path.rename(doomed)  # at once invisible to lookups
                 discard(doomed)
-            for entry in (self.root / "index").glob("*/*.json"):
-                if not (self.layers / str((_read(entry) or {}).get("layer"))).is_dir():
-                    entry.unlink(missing_ok=True)
+            for path in (self.root / "index").glob("*/*.json"):
+                if self._entry(path) is None:
+                    path.unlink(missing_ok=True)
             return [path.name for path in gone]
         finally:
             os.close(fd)
 
-    def _write(self, path: Path, data: Mapping[str, Any]) -> None:
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        with temporary.open("w") as file:
-            json.dump(data, file, indent=1)
+
+def _write(path: Path, data: Mapping[str, Any], *, durable: bool = True) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    with temporary.open("w") as file:
+        json.dump(data, file, indent=1)
+        if durable:
             file.flush()
             os.fsync(file.fileno())
-        temporary.rename(path)
+    temporary.rename(path)
+    if durable:
         _sync_directory(path.parent)
 
 

@@ -90,22 +90,22 @@ def manifest_digest(layout: Path, tag: str | None) -> str:
     """The digest that a tag of a layout names; without a tag, of its only image. Raises BuildError."""
     try:
         manifests = json.loads((layout / "index.json").read_bytes())["manifests"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = {
+            entry.get("annotations", {}).get("org.opencontainers.image.ref.name", ""): str(entry["digest"])
+            for entry in manifests
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BuildError(
             f"{layout}: no OCI image layout ({error})", hint="a layout is a directory with an index.json"
         ) from error
-    names = {
-        entry.get("annotations", {}).get("org.opencontainers.image.ref.name", ""): entry
-        for entry in manifests
-    }
-    if tag is None and len(manifests) == 1:
-        return str(manifests[0]["digest"])
+    if tag is None and len(names) == 1:
+        return next(iter(names.values()))
     if tag not in names:
         known = ", ".join(sorted(name for name in names if name)) or "none"
         raise BuildError(
             f"{layout}: no tag {tag or '(none given)'}; it has: {known}", hint="write oci:PATH:TAG"
         )
-    return str(names[tag]["digest"])
+    return names[tag]
 
 
 def _blob(layout: Path, digest: str) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
+from blake3 import blake3
+
 from relume.build import command
 from relume.build.command import Progress
 from relume.build.interrupt import to_the_end
@@ -157,8 +159,13 @@ def _runc(workspace: Path) -> Runc:
     return Runc(find_runc(), workspace / "runc")
 
 
+def group_prefix(root: Path) -> str:
+    """How the control groups of builds begin whose scratch directories lie below ``root``; another node's differ."""
+    return f"/relume-build-{blake3(os.fsencode(root)).hexdigest()[:8]}-"
+
+
 def _group(workspace: Path) -> str:
-    return f"/relume-build-{workspace.name}"
+    return group_prefix(workspace.parent) + workspace.name
 
 
 async def end_all(workspace: Path) -> None:
