@@ -134,9 +134,14 @@ class Box:
         )
         cat.stdin.close()
         if done.returncode != 0:
-            log = self.directory / "restore" / "restore.log"
-            errors = errors_in(log.read_text(errors="replace")) if log.exists() else []
+            errors = (
+                errors_in(self.restore_log.read_text(errors="replace")) if self.restore_log.exists() else []
+            )
             raise RuntimeError(f"{argv}: {(self.directory / 'runc.log').read_text()}\n" + "\n".join(errors))
+
+    @property
+    def restore_log(self) -> Path:
+        return self.directory / "restore" / "restore.log"
 
     @property
     def init(self) -> int:
@@ -242,7 +247,7 @@ class Lab:
         self.stored.mkdir()
         mounts.mount("tmpfs", self.stored, "tmpfs")
         self.runc = Runc(find_runc(), self.directory / "runc", find_criu())
-        self._boxes: list[Box] = []
+        self.boxes: list[Box] = []
         self._lowers: dict[tuple[Path, int], Path] = {}
 
     def lower(self, source: Path, id_base: int) -> Path:
@@ -267,7 +272,7 @@ class Lab:
     def boot(self, program: str, *, options: str = "index=on,nfs_export=on") -> Box:
         """Run a Python program in a fresh container."""
         box = Box(self, ID_BASE)
-        self._boxes.append(box)
+        self.boxes.append(box)
         box.mount(options)
         box.prepare(["/usr/bin/python3", "-c", program])
         box.run("run", "--detach", "--bundle", str(box.directory))
@@ -283,7 +288,7 @@ class Lab:
     ) -> Box:
         """A copy in a container of its own, beside whatever else runs."""
         box = Box(self, id_base)
-        self._boxes.append(box)
+        self.boxes.append(box)
         if checkpoint.everything:
             box.mount(options, checkpoint.held)
         else:
@@ -304,7 +309,7 @@ class Lab:
         return box
 
     def close(self) -> None:
-        for box in self._boxes:
+        for box in self.boxes:
             box.close()
         mounts.unmount_all(self.directory)
         shutil.rmtree(self.directory)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from relume.engine import held
+import pytest
+
+from relume.engine import criulog, held
 
 from .conftest import ID_BASE, Lab
 
@@ -215,3 +217,29 @@ def test_an_open_sqlite_database_comes_along_with_a_warning(lab: Lab) -> None:
     for each in (copy, box):
         each.touch("go")
         each.wait_for("['before', 'after']")
+
+
+BROKEN = """
+import time
+file = open("/state", "w+")
+file.write("1234")
+file.flush()
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_restore_that_fails_is_told_in_words(lab: Lab) -> None:
+    box = lab.boot(BROKEN)
+    box.wait_for("ready")
+    checkpoint = box.dump()
+    (checkpoint.held / "state").write_text("12345")
+    with pytest.raises(RuntimeError):
+        lab.restore(checkpoint)
+    assert criulog.explain(lab.boxes[-1].restore_log).reason == "/state is not what it was at the checkpoint"
+    (checkpoint.held / "state").unlink()
+    with pytest.raises(RuntimeError):
+        lab.restore(checkpoint)
+    told = criulog.explain(lab.boxes[-1].restore_log)
+    assert told.reason == "/state is missing: it was open or mapped at the checkpoint"
+    assert (told.kind, told.culprits) == ("engine", ())
