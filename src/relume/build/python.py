@@ -22,7 +22,7 @@ from relume.build import apt, settle
 from relume.build.interrupt import in_thread
 from relume.build.plan import Plan, Requirements
 from relume.build.sandbox import SUPPORT, Sandbox, read_only, writable
-from relume.errors import BuildError
+from relume.errors import BuildError, EngineError
 from relume.runc import Mount
 
 VENV = "/opt/venv"
@@ -66,7 +66,7 @@ async def probe(box: Sandbox, version: str, env: Environment) -> Found:
             env=env,
             show=_silent,
         )
-    except BuildError:
+    except (BuildError, EngineError):  # no /bin/sh: runc does not even start it
         return Found((), False)
     lines = [line.split("\t") for line in answer.splitlines()]
     found = tuple((fields[0], fields[1], fields[2] == "venv") for fields in lines if len(fields) == 3)
