@@ -7,6 +7,7 @@ from before the checkpoint knows, and must agree. A third of the apps by default
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import json
 import re
@@ -29,6 +30,12 @@ from harness import HERE, RESTORED, Failed, Node, a_node, load_check, names, rec
 CHECKS = {name: load_check(name) for name in names()}
 
 pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(autouse=True)
+def _patience() -> None:
+    """Builds take minutes on a first run: the stacks that pytest prints after 50 s would say nothing."""
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ def main():
     token = secrets.token_hex(16)
     cluster = LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
     client = Client(cluster)
-    kept = client.scatter(list(range(100_000)), broadcast=True)
+    [kept] = client.scatter([list(range(100_000))], broadcast=True)
     assert client.submit(sum, kept).result() == 4_999_950_000
     print(relume.checkpoint())
 

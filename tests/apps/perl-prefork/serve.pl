@@ -18,6 +18,7 @@ my $listener = IO::Socket::INET->new(LocalAddr => '0.0.0.0', LocalPort => 8000, 
 sub serve {
     while (1) {
         my $client = $listener->accept or next;
+        next unless <$client>;    # somebody looked whether the port is open
         while (my $line = <$client>) { last if $line =~ /^\r?$/ }
         open my $own, '+<', "/proc/self/fd/" . fileno($count) or die $!;
         flock $own, LOCK_EX;
