@@ -91,7 +91,7 @@ class Box:
         for path in (self.directory, self.rootfs, self.upper, self.work):
             path.mkdir(mode=0o755)
         os.chown(self.upper, id_base, id_base)
-        self.cgroup = f"/relume-lab/{self.id}"
+        self.cgroup = f"/{lab.directory.name}/{self.id}"
         self.config = self.directory / "criu.conf"
         self.output = self.directory / "output"
         self._readers: list[subprocess.Popen[bytes]] = []
@@ -311,6 +311,7 @@ class Lab:
     def close(self) -> None:
         for box in self.boxes:
             box.close()
+        cgroup.remove(f"/{self.directory.name}")
         mounts.unmount_all(self.directory)
         shutil.rmtree(self.directory)
 
