@@ -1,4 +1,4 @@
-"""Builds the fake driver of fake_libcuda.c and lays out the machine it reports; shared by tests and gpu-check --fake.
+"""Builds the fake driver (fake_cuda.h says what it is) and lays out the machine it reports.
 
 Run as a program, ``fake_driver.py DIR``, it builds into DIR (lib, state, cdi) and prints the environment to use.
 """
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("fake_libcuda.c")
+SOURCES = sorted(Path(__file__).parent.glob("fake_*.c"))
 UUIDS = tuple(f"GPU-{n:08x}-1111-2222-3333-444444444444" for n in range(1, 9))
 
 
@@ -72,7 +72,7 @@ def compile_library(folder: Path) -> None:
     """gcc; the one library answers under both names."""
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
-    subprocess.run(["gcc", *flags, "-o", folder / "libcuda.so.1", SOURCE, "-lpthread", "-ldl"], check=True)
+    subprocess.run(["gcc", *flags, "-o", folder / "libcuda.so.1", *SOURCES, "-lpthread", "-ldl"], check=True)
     (folder / "libnvidia-ml.so.1").unlink(missing_ok=True)
     (folder / "libnvidia-ml.so.1").symlink_to("libcuda.so.1")
 

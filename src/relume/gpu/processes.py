@@ -42,9 +42,11 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Traces:
-    """What /proc shows of one process. ``devices`` are the NVIDIA devices it has open."""
+    """What /proc shows of one process. ``inside`` is its pid in its own namespace, ``devices`` are the NVIDIA
+    devices it has open."""
 
     pid: int
+    inside: int
     name: str
     library: bool
     devices: tuple[str, ...]
@@ -127,7 +129,15 @@ def look(pid: int) -> Traces | None:
     except proc.GONE:
         return None
     return Traces(
-        pid, status.name, library, tuple(sorted(devices)), uvm_bytes, nccl, ipc, status.state in "Tt"
+        pid=pid,
+        inside=status.inside,
+        name=status.name,
+        library=library,
+        devices=tuple(sorted(devices)),
+        uvm_bytes=uvm_bytes,
+        nccl=nccl,
+        ipc=ipc,
+        stopped=status.state in "Tt",
     )
 
 

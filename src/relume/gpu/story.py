@@ -19,14 +19,15 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from relume.errors import GpuError, GpuLost, GpuTimeout, GpuUnsupported, RelumeError
 from relume.gpu.client import AsyncGpuDriver
-from relume.gpu.driver import NOT_READY, OUT_OF_MEMORY, DriverError, ProcessState, check_version
+from relume.gpu.driver import NO_CONTEXT, NOT_READY, OUT_OF_MEMORY, DriverError, ProcessState, check_version
 from relume.gpu.processes import CudaProcess, Range, added, private_memory, state_of, take_census
 
 Failure = DriverError | RelumeError
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class SuspendedProcess:
-    """One process whose device memory now lies in its host memory, at ``ranges``."""
+    """One process whose device memory now lies in its host memory, at ``ranges``.
+
+    ``inside`` is its pid in the container, the one CRIU's images use; a copy has it at the same addresses.
+    """
 
     pid: int
+    inside: int
     name: str
     device_bytes: int | None
     gpus: tuple[str, ...]
@@ -134,8 +139,8 @@ class GpuCheckpointer:
         return Suspended(tuple(done), time.monotonic() - started)
 
     async def resume(self, suspended: Suspended) -> Resumed:
-        """Give the original its GPUs back. Raises GpuLost."""
-        return await self._bring_back([process.pid for process in suspended.processes], {})
+        """Give the original its GPUs back; a cancellation waits until that is done. Raises GpuLost."""
+        return await _finish(self._bring_back([process.pid for process in suspended.processes], {}))
 
     async def restore(self, pids: Iterable[int], gpu_map: Mapping[str, str], *, expected: int) -> Resumed:
         """Give a copy that CRIU revived the GPUs of ``gpu_map`` (old UUID -> new UUID, every saved GPU).
@@ -175,6 +180,7 @@ class GpuCheckpointer:
         await self.driver.checkpoint(process.pid, self.limits.checkpoint_s)
         return SuspendedProcess(
             pid=process.pid,
+            inside=process.traces.inside,
             name=process.name,
             device_bytes=process.device_bytes,
             gpus=process.gpus,
@@ -252,28 +258,27 @@ class GpuCheckpointer:
         return failure
 
 
-async def _finish(work: Awaitable[None]) -> None:
+async def _finish(work: Awaitable[T]) -> T:
     """Let ``work`` come to its end even if we are cancelled meanwhile; the cancellation is raised after it."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
-            await asyncio.shield(task)
+            await asyncio.wait([task])
         except asyncio.CancelledError as error:
-            if task.cancelled():
-                raise
             cancelled = error
-        except GpuLost:
-            break
-    task.result()
+    result = task.result()
     if cancelled is not None:
         raise cancelled
+    return result
 
 
 def _explain(error: DriverError, processes: Sequence[CudaProcess]) -> GpuError:
     """The driver's error in words. The app goes on: what was done is undone."""
     name = next((process.name for process in processes if process.pid == error.pid), "")
     who = f"process {error.pid} ({name})"
+    if error.code in NO_CONTEXT:
+        return GpuError(f"{who} ended in the middle: {error}", hint="ask again", pid=error.pid)
     if error.code == NOT_READY:
         return GpuTimeout(
             f"{who} still had work on the GPU when the lock's time was over",

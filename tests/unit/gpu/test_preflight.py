@@ -21,7 +21,7 @@ from relume.gpu.processes import Census, CudaProcess, Traces
 
 GIB = 1 << 30
 GPU = Gpu(0, "GPU-a", "NVIDIA L4", 24 * GIB, 3 * GIB, mig=False, persistence=True)
-TRACES = Traces(7, "python", True, ("/dev/nvidia0",), 2 << 20, nccl=False, ipc=False, stopped=False)
+TRACES = Traces(7, 1, "python", True, ("/dev/nvidia0",), 2 << 20, nccl=False, ipc=False, stopped=False)
 PROCESS = CudaProcess(7, "python", ProcessState.RUNNING, 2 * GIB, ("GPU-a",), False, TRACES)
 CENSUS = Census((PROCESS,), (), Machine((GPU,), (), "570.86.10", 12080))
 
