@@ -82,8 +82,15 @@ class Tree:
         return sorted(os.listdir(self.directory(path)))
 
     def walk(self, path: str = "") -> Iterator[tuple[str, os.stat_result]]:
-        """Every entry below ``path``, by name, directories before what is in them."""
-        for name in self.names(path):
+        """Every entry below ``path``, by name, directories before what is in them.
+
+        In a tree that lives, what goes away meanwhile is left out.
+        """
+        try:
+            names = self.names(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for name in names:
             self.trim()
             inner = f"{path}/{name}" if path else name
             status = self.stat(inner)

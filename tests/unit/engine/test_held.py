@@ -158,3 +158,22 @@ def test_what_was_left_behind(tmp_path: Path) -> None:
     assert 'filesystem = "all"' in left.hint
     # what the runtime made, outside of the container's ids, is nobody's loss
     assert held.survey(upper, dest, id_base=upper.stat().st_uid + 1).count == 0
+
+
+def test_a_walk_survives_what_goes_away(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    tree = Tree(tmp_path)
+    try:
+        seen = []
+        for path, _ in tree.walk():
+            seen.append(path)
+            if path == "a/file":
+                (tmp_path / "b/file").unlink()
+            if path == "b":
+                (tmp_path / "b").rmdir()
+                (tmp_path / "b").symlink_to("/etc")
+        assert seen == ["a", "a/file", "b", "c", "c/file"]
+    finally:
+        tree.close()
