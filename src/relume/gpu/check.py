@@ -19,7 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -48,6 +48,14 @@ class Workload:
 
     process: asyncio.subprocess.Process
 
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def content(self) -> str:
+        """A hash of all its device memory."""
+        return str((await self.ask("hash"))["hash"])
+
     async def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """Raises RuntimeError with the workload's words, or EOFError if it is gone."""
         assert self.process.stdin and self.process.stdout
@@ -62,20 +70,22 @@ class Workload:
 
 
 @asynccontextmanager
-async def workload() -> AsyncIterator[Workload]:
+async def workload(env: Mapping[str, str] | None = None) -> AsyncIterator[Workload]:
+    """Started here, with our environment or ``env``; killed at the end."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "relume.gpu.workload",
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
+        env=env,
     )
     assert process.stdout and process.stdin
     try:
         await process.stdout.readline()
         yield Workload(process)
     finally:
-        if process.returncode is None:
+        with suppress(ProcessLookupError):
             process.kill()
         process.stdin.close()
         await process.wait()
@@ -93,11 +103,11 @@ async def round_trip(
             await app.ask("launch")
         pinned = await app.ask("bandwidth", size=min(size, 256 << 20))
         before = await app.ask("hash")
-        suspended = await gpu.suspend([app.process.pid])
+        suspended = await gpu.suspend([app.pid])
         if gpu_map is None:
             resumed = await gpu.resume(suspended)
         else:
-            resumed = await gpu.restore([app.process.pid], gpu_map, expected=1)
+            resumed = await gpu.restore([app.pid], gpu_map, expected=1)
         after = await app.ask("hash")
         ran_on = True
         if graph:

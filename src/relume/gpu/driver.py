@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final, Protocol
 
-from relume.errors import GpuDriverTooOld, GpuUnavailable
+from relume.errors import GpuDriverTooOld, GpuError, GpuUnavailable
 
 LIBRARY: Final = "libcuda.so.1"
 MIN_DRIVER: Final = 570
@@ -53,14 +53,16 @@ class ProcessState(IntEnum):
     RESTORING = 5
 
 
-class DriverError(Exception):
-    """A driver function answered something other than CUDA_SUCCESS. Carries over the helper's socket."""
+class DriverError(GpuError):
+    """A driver function answered something other than CUDA_SUCCESS: ``result`` is the CUresult, ``name`` its name."""
 
-    def __init__(self, call: str, code: int, name: str, pid: int = 0) -> None:
+    def __init__(self, call: str, result: int, name: str, pid: int = 0) -> None:
         about = f" for process {pid}" if pid else ""
-        super().__init__(f"{call}{about}: {name} ({code})")
+        super().__init__(
+            f"{call}{about}: {name} ({result})", hint="docs/gpu.md says what the driver cannot do"
+        )
         self.call = call
-        self.code = code
+        self.result = result
         self.name = name
         self.pid = pid
 

@@ -5,7 +5,7 @@ one that can hang or crash inside the driver without taking the node along. It r
 the socket FD and answers one a line, out of order where calls take different times:
 
     {"id": 7, "call": "lock", "args": {"pid": 1234, "timeout_ms": 10000}}
-    {"id": 7, "result": null}    or    {"id": 7, "error": {"call", "code", "name", "pid"}}
+    {"id": 7, "result": null}    or    {"id": 7, "error": {"call", "result", "name", "pid"}}
 
 The first line it writes says whether the driver is usable: {"ready": true, "cuda_version": 13000, "init_s": 2.6}
 or {"ready": false, "error": {"code", "message", "hint"}}; NVML is answered for either way. It ends when the socket
@@ -61,12 +61,12 @@ class Server:
         try:
             result = self._calls[request["call"]](**request["args"])
         except DriverError as error:
-            about = {"call": error.call, "code": error.code, "name": error.name, "pid": error.pid}
+            about = {"call": error.call, "result": error.result, "name": error.name, "pid": error.pid}
             self.send({"id": request["id"], "error": about})
         except Exception as error:
             about = {
                 "call": request.get("call"),
-                "code": -1,
+                "result": -1,
                 "name": f"{type(error).__name__}: {error}",
                 "pid": 0,
             }

@@ -106,7 +106,7 @@ async def state_of(driver: AsyncGpuDriver, pid: int) -> ProcessState | None:
     try:
         return await driver.state(pid)
     except DriverError as error:
-        if error.code in NO_CONTEXT:
+        if error.result in NO_CONTEXT:
             return None
         raise
 

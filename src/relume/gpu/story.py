@@ -26,7 +26,6 @@ from relume.gpu.client import AsyncGpuDriver
 from relume.gpu.driver import NO_CONTEXT, NOT_READY, OUT_OF_MEMORY, DriverError, ProcessState, check_version
 from relume.gpu.processes import CudaProcess, Range, added, private_memory, state_of, take_census
 
-Failure = DriverError | RelumeError
 T = TypeVar("T")
 
 
@@ -214,19 +213,19 @@ class GpuCheckpointer:
         return Resumed(tuple(pids), restore_s, time.monotonic() - started)
 
     async def _for_each(
-        self, pids: Sequence[int], step: Callable[[int], Awaitable[Failure | None]]
-    ) -> dict[int, Failure]:
+        self, pids: Sequence[int], step: Callable[[int], Awaitable[RelumeError | None]]
+    ) -> dict[int, RelumeError]:
         answers = await asyncio.gather(*(step(pid) for pid in pids))
         return {pid: failure for pid, failure in zip(pids, answers, strict=True) if failure is not None}
 
-    async def _restored(self, pid: int, gpu_map: Mapping[str, str]) -> Failure | None:
+    async def _restored(self, pid: int, gpu_map: Mapping[str, str]) -> RelumeError | None:
         async def step(state: ProcessState) -> None:
             if state is ProcessState.CHECKPOINTED:
                 await self.driver.restore(pid, gpu_map, self.limits.restore_s)
 
         return await self._until(pid, (ProcessState.LOCKED, ProcessState.RUNNING), step)
 
-    async def _unlocked(self, pid: int) -> Failure | None:
+    async def _unlocked(self, pid: int) -> RelumeError | None:
         async def step(state: ProcessState) -> None:
             if state is ProcessState.LOCKED:
                 await self.driver.unlock(pid)
@@ -235,9 +234,9 @@ class GpuCheckpointer:
 
     async def _until(
         self, pid: int, wanted: tuple[ProcessState, ...], step: Callable[[ProcessState], Awaitable[None]]
-    ) -> Failure | None:
+    ) -> RelumeError | None:
         """Look, act, look again, until the driver says ``wanted``; None then, or the last failure."""
-        failure: Failure = GpuError(f"process {pid} did not get to {wanted[-1].name}")
+        failure: RelumeError = GpuError(f"process {pid} did not get to {wanted[-1].name}")
         pause_s = self.limits.pause_s
         for attempt in range(self.limits.attempts):
             if attempt:
@@ -250,7 +249,7 @@ class GpuCheckpointer:
                 if state is not None and state not in wanted:
                     await step(state)
                     state = await state_of(self.driver, pid)
-            except (DriverError, RelumeError) as error:
+            except RelumeError as error:
                 failure = error
                 continue
             if state is None or state in wanted:
@@ -277,16 +276,16 @@ def _explain(error: DriverError, processes: Sequence[CudaProcess]) -> GpuError:
     """The driver's error in words. The app goes on: what was done is undone."""
     name = next((process.name for process in processes if process.pid == error.pid), "")
     who = f"process {error.pid} ({name})"
-    if error.code in NO_CONTEXT:
+    if error.result in NO_CONTEXT:
         return GpuError(f"{who} ended in the middle: {error}", hint="ask again", pid=error.pid)
-    if error.code == NOT_READY:
+    if error.result == NOT_READY:
         return GpuTimeout(
             f"{who} still had work on the GPU when the lock's time was over",
             hint="ask for the checkpoint when the GPU is idle, after torch.cuda.synchronize(); a kernel that never "
             "ends, or NCCL waiting for a peer, cannot be saved",
             pid=error.pid,
         )
-    if error.code == OUT_OF_MEMORY:
+    if error.result == OUT_OF_MEMORY:
         return GpuError(
             f"the driver had no memory to put {who} away: {error}",
             hint="free caches before the request (torch.cuda.empty_cache(), vLLM sleep) or raise the memory limit",

@@ -13,9 +13,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "gpu"))
 
-from cuda_app import App
 from fake_driver import FakeMachine, compile_library
 
+from relume.gpu.check import Workload, workload
 from relume.gpu.client import DriverHelper
 
 
@@ -38,9 +38,8 @@ def fake(library: Path, tmp_path: Path) -> FakeMachine:
 async def start_app(fake: FakeMachine) -> AsyncIterator[Callable[..., Any]]:
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(size: int = 8 << 20, blocks: int = 2) -> App:
-            app = await App.start(fake.env)
-            stack.push_async_callback(app.end)
+        async def start(size: int = 8 << 20, blocks: int = 2) -> Workload:
+            app = await stack.enter_async_context(workload(fake.env))
             await app.ask("fill", size=size, blocks=blocks, seed=app.pid)
             return app
 
@@ -48,8 +47,8 @@ async def start_app(fake: FakeMachine) -> AsyncIterator[Callable[..., Any]]:
 
 
 @pytest.fixture
-async def app(start_app: Callable[..., Any]) -> App:
-    started: App = await start_app()
+async def app(start_app: Callable[..., Any]) -> Workload:
+    started: Workload = await start_app()
     return started
 
 

@@ -8,15 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
-from cuda_app import App
 from fake_driver import FakeMachine
 
 from relume.errors import GpuDriverTooOld, GpuTimeout, GpuUnavailable
+from relume.gpu.check import Workload
 from relume.gpu.client import DriverHelper
 from relume.gpu.driver import DriverError, ProcessState
 
 
-async def test_it_answers_for_a_process_with_a_context(helper: DriverHelper, app: App) -> None:
+async def test_it_answers_for_a_process_with_a_context(helper: DriverHelper, app: Workload) -> None:
     assert await helper.state(app.pid) is ProcessState.RUNNING
     tid = await helper.restore_thread_id(app.pid)
     assert tid != app.pid and Path(f"/proc/{app.pid}/task/{tid}").exists()
@@ -36,7 +36,7 @@ async def test_a_process_without_a_context_is_a_driver_error(helper: DriverHelpe
 
 
 async def test_one_process_serves_all_calls_and_does_not_queue_them(
-    helper: DriverHelper, app: App, fake: FakeMachine
+    helper: DriverHelper, app: Workload, fake: FakeMachine
 ) -> None:
     await helper.state(app.pid)
     first = helper.pid
@@ -52,7 +52,7 @@ async def test_one_process_serves_all_calls_and_does_not_queue_them(
 
 
 async def test_a_call_that_hangs_costs_the_helper_and_nothing_else(
-    helper: DriverHelper, app: App, fake: FakeMachine
+    helper: DriverHelper, app: Workload, fake: FakeMachine
 ) -> None:
     await helper.lock(app.pid, 5)
     stuck = helper.pid
@@ -65,7 +65,7 @@ async def test_a_call_that_hangs_costs_the_helper_and_nothing_else(
 
 
 async def test_its_death_fails_the_calls_in_flight_and_the_next_has_a_new_one(
-    helper: DriverHelper, app: App, fake: FakeMachine
+    helper: DriverHelper, app: Workload, fake: FakeMachine
 ) -> None:
     fake.fault("unlock", 999, delay_ms=200, also="abort")
     fake.fault("lock", 999, delay_ms=2000)

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from cuda_app import App
 from fake_driver import FakeMachine
 
 from relume.errors import GpuDriverTooOld, GpuMemory, GpuUnsupported
+from relume.gpu.check import Workload
 from relume.gpu.client import DriverHelper
 from relume.gpu.driver import ProcessState
 from relume.gpu.nvml import Gpu, Machine
@@ -109,7 +109,7 @@ def test_an_old_driver_is_refused() -> None:
         verdict(replace(CENSUS, machine=replace(CENSUS.machine, driver_version="550.90.07")))
 
 
-async def test_a_real_process_is_measured(helper: DriverHelper, app: App) -> None:
+async def test_a_real_process_is_measured(helper: DriverHelper, app: Workload) -> None:
     budget = await preflight(helper, [app.pid, os.getpid()], memory_limit=GIB, host_bytes=GIB // 2)
     assert budget.pids == (app.pid,) and budget.device_bytes == 8 << 20
     with pytest.raises(GpuMemory):
@@ -117,7 +117,7 @@ async def test_a_real_process_is_measured(helper: DriverHelper, app: App) -> Non
 
 
 async def test_mig_mps_and_stopped_processes_are_seen(
-    helper: DriverHelper, start_app: Callable[..., Awaitable[App]], fake: FakeMachine
+    helper: DriverHelper, start_app: Callable[..., Awaitable[Workload]], fake: FakeMachine
 ) -> None:
     app = await start_app()
     fake.describe(mig=True)

@@ -6,17 +6,17 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 
-from cuda_app import App
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relume.gpu.check import Workload
 from relume.gpu.client import DriverHelper
 from relume.gpu.driver import ProcessState
 from relume.gpu.processes import Range, added, look, private_memory, take_census
 
 
 async def test_the_census_finds_the_ones_with_a_context(
-    helper: DriverHelper, start_app: Callable[..., Awaitable[App]]
+    helper: DriverHelper, start_app: Callable[..., Awaitable[Workload]]
 ) -> None:
     small, large = await start_app(size=4 << 20), await start_app(size=16 << 20)
     census = await take_census(helper, [os.getpid(), small.pid, large.pid, 2**22 + 1])
@@ -28,7 +28,7 @@ async def test_the_census_finds_the_ones_with_a_context(
     assert census.strays == ()
 
 
-async def test_traces_of_a_process(app: App) -> None:
+async def test_traces_of_a_process(app: Workload) -> None:
     traces = look(app.pid)
     assert traces is not None and traces.library and not traces.stopped
     assert not (traces.nccl or traces.ipc or traces.uvm_bytes)

@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from cuda_app import App
 from fake_driver import UUIDS, FakeMachine
 
 from relume.errors import GpuDriverTooOld, GpuError, GpuLost, GpuTimeout, GpuUnavailable, GpuUnsupported
+from relume.gpu.check import Workload
 from relume.gpu.client import DriverHelper
 from relume.gpu.driver import ProcessState
 from relume.gpu.processes import Range
@@ -39,7 +39,7 @@ def memory_at(pid: int, part: Range) -> bytes:
 
 
 async def test_device_memory_goes_to_the_host_and_comes_back(
-    gpu: GpuCheckpointer, app: App, fake: FakeMachine
+    gpu: GpuCheckpointer, app: Workload, fake: FakeMachine
 ) -> None:
     await app.ask("fill", size=64 * MIB, blocks=3, seed=1)
     content, before, held = await app.content(), resident(app.pid), fake.device_bytes()
@@ -55,7 +55,7 @@ async def test_device_memory_goes_to_the_host_and_comes_back(
     assert await app.content() == content
 
 
-async def test_the_app_waits_while_suspended_and_goes_on(gpu: GpuCheckpointer, app: App) -> None:
+async def test_the_app_waits_while_suspended_and_goes_on(gpu: GpuCheckpointer, app: Workload) -> None:
     content = await app.content()
     suspended = await gpu.suspend([app.pid])
     asking = asyncio.create_task(app.content())
@@ -65,7 +65,7 @@ async def test_the_app_waits_while_suspended_and_goes_on(gpu: GpuCheckpointer, a
 
 
 async def test_the_ranges_are_where_the_memory_went(
-    gpu: GpuCheckpointer, app: App, fake: FakeMachine
+    gpu: GpuCheckpointer, app: Workload, fake: FakeMachine
 ) -> None:
     file = next(fake.state.glob("dev0/*"))
     expected = file.read_bytes()
@@ -86,7 +86,7 @@ async def test_an_instance_without_cuda_is_left_alone(gpu: GpuCheckpointer) -> N
         await process.wait()
 
 
-async def test_graphs_and_streams_work_after_it(gpu: GpuCheckpointer, app: App) -> None:
+async def test_graphs_and_streams_work_after_it(gpu: GpuCheckpointer, app: Workload) -> None:
     async def write_and_launch() -> str:
         await app.ask("write", seed=7)
         await app.ask("launch")
@@ -100,7 +100,7 @@ async def test_graphs_and_streams_work_after_it(gpu: GpuCheckpointer, app: App) 
 
 
 async def test_several_processes(
-    gpu: GpuCheckpointer, start_app: Callable[..., Awaitable[App]], helper: DriverHelper
+    gpu: GpuCheckpointer, start_app: Callable[..., Awaitable[Workload]], helper: DriverHelper
 ) -> None:
     apps = [await start_app() for _ in range(3)]
     contents = [await app.content() for app in apps]
@@ -112,7 +112,7 @@ async def test_several_processes(
 
 
 async def test_work_that_never_ends_is_a_timeout_and_the_app_goes_on(
-    helper: DriverHelper, start_app: Callable[..., Awaitable[App]]
+    helper: DriverHelper, start_app: Callable[..., Awaitable[Workload]]
 ) -> None:
     gpu = GpuCheckpointer(helper, Limits(lock_s=0.2))
     idle, busy = await start_app(), await start_app()
@@ -128,7 +128,7 @@ async def test_work_that_never_ends_is_a_timeout_and_the_app_goes_on(
 @pytest.mark.parametrize(("call", "code"), [("lock", 801), ("checkpoint", 801), ("checkpoint", 2)])
 async def test_an_error_undoes_everything(
     gpu: GpuCheckpointer,
-    start_app: Callable[..., Awaitable[App]],
+    start_app: Callable[..., Awaitable[Workload]],
     fake: FakeMachine,
     call: str,
     code: int,
@@ -147,7 +147,7 @@ async def test_an_error_undoes_everything(
 @pytest.mark.parametrize("also", ["abort", "hang"])
 @pytest.mark.parametrize("call", ["lock", "checkpoint"])
 async def test_a_helper_that_dies_or_hangs_undoes_everything(
-    helper: DriverHelper, app: App, fake: FakeMachine, call: str, also: str
+    helper: DriverHelper, app: Workload, fake: FakeMachine, call: str, also: str
 ) -> None:
     gpu = GpuCheckpointer(helper, Limits(lock_s=0.2, checkpoint_s=0.5, pause_s=0.05))
     content = await app.content()
@@ -157,14 +157,14 @@ async def test_a_helper_that_dies_or_hangs_undoes_everything(
     assert await app.content() == content
 
 
-async def test_a_failed_process_is_lost(gpu: GpuCheckpointer, app: App, fake: FakeMachine) -> None:
+async def test_a_failed_process_is_lost(gpu: GpuCheckpointer, app: Workload, fake: FakeMachine) -> None:
     fake.fault("checkpoint", 801, also="failed")
     with pytest.raises(GpuLost, match="NOT_SUPPORTED") as caught:
         await gpu.suspend([app.pid])
     assert [lost["pid"] for lost in caught.value.details["lost"]] == [app.pid]
 
 
-async def test_a_resume_is_tried_again(gpu: GpuCheckpointer, app: App, fake: FakeMachine) -> None:
+async def test_a_resume_is_tried_again(gpu: GpuCheckpointer, app: Workload, fake: FakeMachine) -> None:
     content = await app.content()
     suspended = await gpu.suspend([app.pid])
     fake.fault("restore", 2)
@@ -174,7 +174,7 @@ async def test_a_resume_is_tried_again(gpu: GpuCheckpointer, app: App, fake: Fak
 
 
 async def test_memory_that_another_took_meanwhile_is_waited_for(
-    helper: DriverHelper, app: App, fake: FakeMachine
+    helper: DriverHelper, app: Workload, fake: FakeMachine
 ) -> None:
     gpu = GpuCheckpointer(helper, Limits(pause_s=0.3))
     content = await app.content()
@@ -190,7 +190,9 @@ async def test_memory_that_another_took_meanwhile_is_waited_for(
     assert await app.content() == content
 
 
-async def test_a_resume_that_never_works_is_lost(gpu: GpuCheckpointer, app: App, fake: FakeMachine) -> None:
+async def test_a_resume_that_never_works_is_lost(
+    gpu: GpuCheckpointer, app: Workload, fake: FakeMachine
+) -> None:
     suspended = await gpu.suspend([app.pid])
     fake.fault("restore", 2, times=99)
     with pytest.raises(GpuLost, match="OUT_OF_MEMORY"):
@@ -198,7 +200,7 @@ async def test_a_resume_that_never_works_is_lost(gpu: GpuCheckpointer, app: App,
 
 
 async def test_a_cancelled_checkpoint_undoes_everything(
-    gpu: GpuCheckpointer, app: App, fake: FakeMachine, helper: DriverHelper
+    gpu: GpuCheckpointer, app: Workload, fake: FakeMachine, helper: DriverHelper
 ) -> None:
     content = await app.content()
     fake.fault("checkpoint", 0, delay_ms=300)
@@ -211,7 +213,7 @@ async def test_a_cancelled_checkpoint_undoes_everything(
     assert await app.content() == content
 
 
-async def test_a_node_that_died_in_between_brings_it_back(fake: FakeMachine, app: App) -> None:
+async def test_a_node_that_died_in_between_brings_it_back(fake: FakeMachine, app: Workload) -> None:
     content = await app.content()
     async with DriverHelper(env=fake.env) as first:
         await GpuCheckpointer(first, QUICK).suspend([app.pid])
@@ -220,7 +222,7 @@ async def test_a_node_that_died_in_between_brings_it_back(fake: FakeMachine, app
     assert await app.content() == content
 
 
-async def test_what_a_dead_node_left_suspended_can_be_suspended(gpu: GpuCheckpointer, app: App) -> None:
+async def test_what_a_dead_node_left_suspended_can_be_suspended(gpu: GpuCheckpointer, app: Workload) -> None:
     content = await app.content()
     await gpu.suspend([app.pid])
     await gpu.resume(await gpu.suspend([app.pid]))
@@ -228,7 +230,7 @@ async def test_what_a_dead_node_left_suspended_can_be_suspended(gpu: GpuCheckpoi
 
 
 async def test_a_copy_goes_to_another_gpu_of_the_model(
-    gpu: GpuCheckpointer, app: App, fake: FakeMachine
+    gpu: GpuCheckpointer, app: Workload, fake: FakeMachine
 ) -> None:
     fake.describe(gpus=2)
     content = await app.content()
@@ -240,7 +242,7 @@ async def test_a_copy_goes_to_another_gpu_of_the_model(
 
 
 async def test_a_driver_before_580_cannot_move_a_copy(
-    gpu: GpuCheckpointer, app: App, fake: FakeMachine
+    gpu: GpuCheckpointer, app: Workload, fake: FakeMachine
 ) -> None:
     fake.describe(gpus=2, version="570.86.10", cuda=12080)
     await gpu.suspend([app.pid])
@@ -250,7 +252,7 @@ async def test_a_driver_before_580_cannot_move_a_copy(
 
 
 async def test_a_driver_before_570_is_refused_before_anything(
-    gpu: GpuCheckpointer, app: App, fake: FakeMachine, helper: DriverHelper
+    gpu: GpuCheckpointer, app: Workload, fake: FakeMachine, helper: DriverHelper
 ) -> None:
     fake.describe(version="565.57.01", cuda=12070)
     with pytest.raises(GpuDriverTooOld):
@@ -258,7 +260,9 @@ async def test_a_driver_before_570_is_refused_before_anything(
     assert await helper.state(app.pid) is ProcessState.RUNNING
 
 
-async def test_a_copy_with_fewer_processes_than_were_saved_is_lost(gpu: GpuCheckpointer, app: App) -> None:
+async def test_a_copy_with_fewer_processes_than_were_saved_is_lost(
+    gpu: GpuCheckpointer, app: Workload
+) -> None:
     await gpu.suspend([app.pid])
     with pytest.raises(GpuLost, match="2 processes had GPU memory in the checkpoint, 1 of the copy"):
         await gpu.restore([app.pid], {}, expected=2)

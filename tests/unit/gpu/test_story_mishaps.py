@@ -54,8 +54,7 @@ def test_checkpoint(pids: list[int], script: list[Mishap], count: int) -> None:
         asyncio.run(checkpoint())
     except GpuLost as lost:
         assert lost.details["lost"]
-    except (RelumeError, Exception) as error:
-        assert isinstance(error, RelumeError) or type(error).__name__ == "DriverError"
+    except RelumeError:
         assert running(driver)
     else:
         assert running(driver)
@@ -69,9 +68,8 @@ def test_restore_of_a_copy(pids: list[int], script: list[Mishap], count: int) ->
     gpu = GpuCheckpointer(driver, NO_WAITING)
     try:
         asyncio.run(gpu.restore(pids[:count], {GPU.uuid: GPU.uuid}, expected=count))
-    except Exception as error:
-        # Whatever it is: a copy is never used after an error.
-        assert isinstance(error, RelumeError) or type(error).__name__ == "DriverError"
+    except RelumeError:
+        pass  # whatever it is: a copy is never used after an error
     else:
         assert running(driver)
 
@@ -99,7 +97,7 @@ def test_one_mishap_never_costs_the_app(
         asyncio.run(checkpoint())
     except GpuLost:
         raise
-    except Exception as error:
+    except RelumeError as error:
         assert mishap is not Mishap.NONE, error
         if driver.calls:  # else it was over before anything was touched
             assert running(driver)
@@ -128,7 +126,7 @@ def test_cancelled_anywhere(pids: list[int], script: list[Mishap], at: int) -> N
         asyncio.run(cancelled())
     except GpuLost as lost:
         assert lost.details["lost"]
-    except Exception:
+    except RelumeError:
         assert running(driver)
     else:
         assert running(driver)
