@@ -126,9 +126,10 @@ def look(build: Build, script: str, tmp_path: Path) -> str:
 async def test_dependencies_and_files(builder: Builder, write: Write, tmp_path: Path) -> None:
     app = write(
         SAMPLE,
-        deployment='shell_commands = ["cat main.py > made.txt; rm gone.txt"]',
+        deployment='shell_commands = ["cat main.py > made.txt; rm gone.txt; rm -r old; mkdir old"]',
         **{
             "gone.txt": "x",
+            "old/file": "x",
             "sub/tool.py": "A = 1\n",
             ".env": "SECRET=1",
             "sub/__pycache__/x.pyc": "stale",
@@ -145,7 +146,7 @@ async def test_dependencies_and_files(builder: Builder, write: Write, tmp_path: 
     out = look(made, "find . | sort; ./run.sh; sample; which python sample; cat made.txt", tmp_path)
     pyc = ["./__pycache__", "./__pycache__/main.cpython-311.pyc"]
     sub = ["./sub", "./sub/__pycache__", "./sub/__pycache__/tool.cpython-311.pyc", "./sub/tool.py"]
-    files = [".", *pyc, "./made.txt", "./main.py", "./run.sh", *sub]
+    files = [".", *pyc, "./made.txt", "./main.py", "./old", "./run.sh", *sub]
     assert out.splitlines() == [
         *files,
         *("ran", "sample 1.0", "/opt/venv/bin/python", "/opt/venv/bin/sample", "import sys"),

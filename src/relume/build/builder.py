@@ -31,7 +31,7 @@ class Builder:
     """Makes and keeps the builds below ``root`` (see ``depot`` for what lies there). Needs root."""
 
     def __init__(self, root: Path) -> None:
-        self._depot = Depot(root)
+        self._depot = Depot(root.resolve())
 
     async def build(
         self, app_dir: Path, config: AppConfig, *, fresh: bool = False, progress: Progress = print
@@ -75,7 +75,8 @@ class Builder:
     def remove(self, build_id: str) -> None:
         """Forget a build and remove the layers that no other build needs. Raises NotFound.
 
-        The caller sees to it that no instance runs on it. Made bases stay for the next build.
+        The caller sees to it that no instance runs on it. Made bases stay for the next build. Blocks while
+        it deletes (seconds for large layers); may be called in a thread.
         """
         self._depot.forget(self.load(build_id))
         self._depot.sweep()

@@ -20,6 +20,7 @@ from relume.build.command import Progress
 from relume.build.depot import Depot, Made
 from relume.build.files import AppFiles
 from relume.build.interrupt import in_thread
+from relume.build.sandbox import SUPPORT
 from relume.errors import BuildError
 from relume.runc import Mount
 
@@ -123,9 +124,13 @@ class _Buildah:
         scratch.mkdir(parents=True)
         self._env = {**os.environ, "TMPDIR": str(scratch), "BUILDAH_ISOLATION": "chroot"}
 
-    async def _run(self, *arguments: str, what: str) -> str:
+    async def _run(self, *arguments: str, what: str, env: Mapping[str, str] | None = None) -> str:
         return await command.run(
-            [*self._prefix, *arguments], what=what, env=self._env, cwd=self._cwd, progress=self._progress
+            [*self._prefix, *arguments],
+            what=what,
+            env=self._env | dict(env or {}),
+            cwd=self._cwd,
+            progress=self._progress,
         )
 
     async def provide(self, name: str, made: Made) -> None:
@@ -143,15 +148,20 @@ class _Buildah:
         self, name: str, dockerfile: Path, ignore: Path, binds: list[Mount], env: Mapping[str, str]
     ) -> None:
         volumes = [_volume(mount) for mount in binds]
+        # The host's own settings may hold passwords, so they come from the environment and not from argv. Ours are
+        # places inside, which buildah must not take for its own (SSL_CERT_FILE).
+        kept = {name: value for name, value in env.items() if value.startswith(SUPPORT)}
+        secret = {name: value for name, value in env.items() if name not in kept}
         arguments = [
             *("bud", "--isolation", "chroot", "--layers=false", "--pull=false", "--format", "oci"),
             *("--identity-label=false", "--network", "host"),
             *(part for volume in volumes for part in ("--volume", volume)),
-            *(part for name, value in env.items() for part in ("--build-arg", f"{name}={value}")),
+            *(part for name in kept for part in ("--build-arg", f"{name}={kept[name]}")),
+            *(part for name in secret for part in ("--build-arg", name)),
             *(("--ignorefile", str(ignore)) if ignore.is_file() else ()),
             *("-f", str(dockerfile), "-t", _NAME, str(self._cwd)),
         ]
-        await self._run(*arguments, what=f"building {name}")
+        await self._run(*arguments, what=f"building {name}", env=secret)
 
     async def push(self, layout: Path) -> None:
         await self._run(

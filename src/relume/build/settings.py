@@ -57,6 +57,8 @@ _NEVER_MOUNTED = frozenset(
     "/usr /var".split()
 )
 
+_APT_CREDENTIALS = (Path("/etc/apt/auth.conf"), Path("/etc/apt/auth.conf.d"))
+
 _APT_SECTIONS = re.compile(r"(Acquire::(?!IndexTargets)|APT::Authentication)")
 
 
@@ -94,6 +96,11 @@ def gather(environ: Mapping[str, str], home: Path) -> Settings:
     for value in values:
         for path in _local_paths(value):
             mounts.setdefault(str(path), read_only(path))
+    for path in _APT_CREDENTIALS:
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            inside = f"{SUPPORT}/{path.name}"
+            mounts[inside] = read_only(path, inside)
+            options.append(f'Dir::Etc::{"netrc" if path.is_file() else "netrcparts"} "{inside}";')
     return Settings(env, _outermost(mounts), _apt(options, authorities), authorities)
 
 

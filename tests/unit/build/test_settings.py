@@ -39,6 +39,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(settings, "_PIP_FILES", (f"{root}/etc/pip.conf", "~/.config/pip/pip.conf"))
     monkeypatch.setattr(settings, "_UV_FILES", ("~/.config/uv/uv.toml",))
     monkeypatch.setattr(settings, "_AUTHORITIES", (root / "ca.crt",))
+    monkeypatch.setattr(settings, "_APT_CREDENTIALS", (root / "auth.conf", root / "auth.conf.d"))
     monkeypatch.setattr(settings, "apt_options", lambda: ['Acquire::http::Proxy "http://proxy:3128";'])
     return root
 
@@ -101,6 +102,17 @@ def test_apt(host: Path) -> None:
     assert 'Acquire::http::Proxy "http://proxy:3128";' in text
     assert f'Acquire::https::CaInfo "{SUPPORT}/ca.crt";' in text
     assert "/var/" not in text
+    assert "netrc" not in text
+
+
+def test_apts_credentials(host: Path) -> None:
+    (host / "auth.conf.d").mkdir()
+    assert "netrc" not in gather({}, host / "home").apt
+    (host / "auth.conf.d/mirror.conf").write_text("machine mirror login me password secret\n")
+    made = gather({}, host / "home")
+    assert f'Dir::Etc::netrcparts "{SUPPORT}/auth.conf.d";' in made.apt
+    assert "secret" not in made.apt
+    assert destinations(made)[f"{SUPPORT}/auth.conf.d"] == f"{host}/auth.conf.d"
 
 
 def test_a_broken_configuration_is_left_to_its_tool(host: Path) -> None:
@@ -118,7 +130,7 @@ def test_directories_that_are_never_mounted(host: Path, named: str) -> None:
 
 
 def test_a_host_without_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_PIP_FILES", "_UV_FILES", "_AUTHORITIES"):
+    for name in ("_PIP_FILES", "_UV_FILES", "_AUTHORITIES", "_APT_CREDENTIALS"):
         monkeypatch.setattr(settings, name, ())
     monkeypatch.setattr(settings, "apt_options", list)
     made = gather({}, tmp_path)
