@@ -20,19 +20,12 @@ def prove_exclusive(objects: Objects) -> None:
     """Raise StoreError, with the reason and a remedy, unless exactly one of several creators wins."""
     name = f"probe/{secrets.token_hex(16)}"
     bodies = [f"{name} {rival}".encode() for rival in range(_RIVALS)]
-    try:
-        with ThreadPoolExecutor(_RIVALS) as pool:
-            won = [
-                body
-                for body, made in zip(
-                    bodies, pool.map(lambda b: objects.create(name, b), bodies), strict=True
-                )
-                if made
-            ]
-        late = objects.create(name, b"late " + bodies[0])
-        kept = objects.get(name, limit=4096)
-    finally:
-        objects.delete(name)
+    with ThreadPoolExecutor(_RIVALS) as pool:
+        made = list(pool.map(lambda body: objects.create(name, body), bodies))
+    won = [body for body, first in zip(bodies, made, strict=True) if first]
+    late = objects.create(name, b"late " + bodies[0])
+    kept = objects.get(name, limit=4096)
+    objects.delete(name)
     if late or len(won) != 1 or kept != won[0]:
         what = (
             "replaced an object that existed"

@@ -15,7 +15,6 @@ POINTS = (
     "publish.index",
     "publish.images",
     "publish.manifest",
-    "publish.done",
     "working_set.part",
     "working_set.list",
     "layer.chunk",

@@ -286,6 +286,8 @@ def _s3_settings(query: dict[str, str], options: dict[str, Any]) -> dict[str, An
         settings["endpoint"] = endpoint
     if region := query.get("region"):
         settings["region"] = region
+    # DeleteObjects (POST ?delete) is not implemented by all servers; DeleteObject is (arrow-rs-object-store #731).
+    settings["disable_bulk_delete"] = True
     if query.get("path_style", "").lower() in ("1", "true", "yes"):
         settings["virtual_hosted_style_request"] = False
     if settings.get("endpoint", os.environ.get("AWS_ENDPOINT_URL", "")).startswith("http:"):
