@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from relume.errors import ImageError
-from relume.images.files import read_entries
+from relume.images.files import read_entries, read_image
 
 PAGE_SIZE = 4096
 """Bytes. CRIU's image format counts in the pages of the machine; the machines relume knows have 4 KiB."""
 
 _PARENT, _LAZY, _PRESENT = 1, 2, 4
 """PE_PARENT, PE_LAZY, PE_PRESENT of criu/include/pagemap.h."""
+
+_MADV_WIPEONFORK = 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,15 @@ def lazy_bytes(images: Path) -> dict[int, int]:
         pid = int(path.stem.partition("-")[2])
         found[pid] = sum(extent.length for extent in read_pagemap(images, pid).lazy)
     return found
+
+
+def read_wiped_on_fork(images: Path, pid: int) -> list[tuple[int, int]]:
+    """[start, end) of the mappings of ``pid`` that a child of it gets empty (madvise(2), MADV_WIPEONFORK).
+
+    From the bit map of advice in ``mm-PID.img``. Raises ImageError.
+    """
+    (mm,) = read_image(images / f"mm-{pid}.img")
+    return [(vma.start, vma.end) for vma in mm.vmas if vma.madv >> _MADV_WIPEONFORK & 1]
 
 
 def _check_size(pagemap: Pagemap) -> None:

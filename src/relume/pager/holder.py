@@ -25,9 +25,10 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from relume.errors import PagerError
-from relume.linux import cgroup, process, syscall
+from relume.linux import cgroup, process, syscall, userfaultfd
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Board:
     """A page of memory that pager and holder share: whom to kill if the pager ends, and why it did."""
 
     def __init__(self) -> None:
+        self._holder = os.getpid()
         self._memory = mmap.mmap(-1, 1 + 2 * _SLOT_BYTES)
         self._content: dict[str, object] = {"armed": False, "cgroup": None, "pids": [], "reason": ""}
         self._write()
@@ -61,6 +63,11 @@ class Board:
         pids.append([pid, process.start_time(pid)])
         self._write()
 
+    @property
+    def orphaned(self) -> bool:
+        """Whether the holder was killed. To be asked by the pager."""
+        return os.getppid() != self._holder
+
     def disarm(self) -> None:
         """The instance does not need the pager any more."""
         self._content["armed"] = False
@@ -70,6 +77,14 @@ class Board:
         """Why the pager is about to end; the first reason stays."""
         self._content["reason"] = self._content["reason"] or reason[:4000]
         self._write()
+
+    def abandon(self, status: int) -> NoReturn:
+        """Ends the pager, with work left. Who kills the instance is the holder; if that is gone too, we are."""
+        if self.orphaned:
+            armed, group, pids, _ = self.read()
+            if armed:
+                kill_instance(group, pids)
+        os._exit(status)
 
     def read(self) -> tuple[bool, str | None, list[tuple[int, int]], str]:
         """(armed, group, [(pid, start time)], reason), for the holder, once the pager is gone."""
@@ -115,7 +130,7 @@ def hold(pager: Callable[[Board], int], report: Callable[[str], None]) -> int:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(status)
+            board.abandon(status)
     process.set_name("relume-holder")
     _, ended = os.waitpid(child, 0)
     armed, group, pids, reason = board.read()
@@ -156,29 +171,58 @@ def clone_sharing_files() -> int:
 
 
 def kill_instance(group: str | None, pids: list[tuple[int, int]]) -> None:
-    """SIGKILL to the group, and to the processes and their descendants; returns when all are gone."""
-    if group is not None:
-        cgroup.kill(group, timeout=_KILL_SECONDS)
-    deadline = time.monotonic() + _KILL_SECONDS
-    left = list(pids)
-    while left and time.monotonic() < deadline:
-        known = {pid for pid, _ in left}
-        for pid, started in list(left):
-            for child in _children(pid):
-                if child not in known and (born := process.start_time(child)) is not None:
-                    left.append((child, born))
-        left = [(pid, started) for pid, started in left if process.alive(pid, started)]
-        for pid, _ in left:
+    """SIGKILL to the group, or to the processes and what they made; returns when none of them is left.
+
+    Without a group, descendants, sessions and process groups tell what belongs together. Whoever escapes that
+    (a daemon with a session of its own) stands still at its next missing page, as long as this process lives.
+    """
+    delay = 0.002
+    while True:
+        if group is not None:
+            cgroup.kill(group, timeout=_KILL_SECONDS)
+        family = _family(pids)
+        for pid in family:
             process.send(pid, signal.SIGKILL)
-        if left:
-            time.sleep(0.002)
+        if not family and not any(map(userfaultfd.alive, _userfaultfds())):
+            return
+        time.sleep(delay)
+        delay = min(2 * delay, 1.0)
 
 
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    try:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-    except (OSError, ValueError):
-        pass
+def _userfaultfds() -> list[int]:
+    """The descriptors of this process that are userfaultfds."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[userfaultfd]":
+                found.append(int(name))
+        except FileNotFoundError:
+            continue
     return found
+
+
+def _family(pids: list[tuple[int, int]]) -> set[int]:
+    """The living among ``pids``, their descendants, and all in sessions and process groups that they lead."""
+    roots = {pid for pid, started in pids if process.start_time(pid) in (started, None)}
+    found = {pid for pid, started in pids if process.alive(pid, started)}
+    parents: dict[int, int] = {}
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            stat = Path("/proc", name, "stat").read_bytes()
+        except OSError:
+            continue
+        # After the command: state, ppid, pgrp, session (proc_pid_stat(5)).
+        state, parent, leader, session = stat[stat.rindex(b")") + 2 :].split()[:4]
+        if state in (b"Z", b"X"):
+            continue
+        parents[int(name)] = int(parent)
+        if int(leader) in roots or int(session) in roots:
+            found.add(int(name))
+    grown = True
+    while grown:
+        more = {pid for pid, parent in parents.items() if parent in found and pid not in found}
+        found |= more
+        grown = bool(more)
+    return found - {os.getpid(), os.getppid()}

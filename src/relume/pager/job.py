@@ -8,8 +8,8 @@ instance and ends). From it, each with ``"seconds"`` since the job came:
 ``restored``   CRIU is done, the app runs
 ``replayed``   ``bytes``, ``copy_seconds``, ``blocks``, ``withheld``: the working set is in
 ``recorded``   ``bytes``, ``pieces``, ``missed``, ``path``: what was learned is on disk
-``filled``     ``processes`` with their counters, ``hashed_bytes``: nothing is left to come, the pager ends
-``gone``       the processes ended before; the pager ends
+``filled``     ``processes`` (how many), their counters added up, ``hashed_bytes``: nothing is left, the pager ends
+``gone``       the same facts, when all processes ended before that; the pager ends
 ``failed``     ``reason``: memory could not be served; the instance was killed before this line was written
 """
 

@@ -22,13 +22,13 @@ from typing import Any
 from relume.errors import PagerError, RelumeError
 from relume.images.files import read_image
 from relume.images.integrity import Verifier
-from relume.images.pagemap import Pagemap, read_pagemap
+from relume.images.pagemap import Pagemap, read_pagemap, read_wiped_on_fork
 from relume.pager import background, lazy_socket, working_set
 from relume.pager.holder import Board
 from relume.pager.job import Job
 from relume.pager.ranges import Range, RangeMap
 from relume.pager.source import FileSource, NoPages
-from relume.pager.space import AddressSpace, Served
+from relume.pager.space import AddressSpace, Counters, Served
 from relume.pager.working_set import Piece, Run, WorkingSet
 
 log = logging.getLogger(__name__)
@@ -55,13 +55,14 @@ class Pager:
         self._selector = selectors.DefaultSelector()
         self._pace = background.Pace()
         self._spaces: list[AddressSpace] = []
-        self._finished: list[tuple[str, dict[str, int]]] = []
+        self._finished: list[Counters] = []
+        self._survived = False
         self._pagemaps: dict[int, Pagemap] = {}
         self._sources: dict[int, FileSource] = {}
+        self._wiped: dict[int, RangeMap] = {}
         self._by_pages: dict[int, AddressSpace] = {}
         self._restored_at: float | None = None
         self._recording = True
-        self._cut_short = False
         self._touched: list[Piece] = []
         self._learned: WorkingSet | None = None
         self._replay: background.Replay | None = None
@@ -84,7 +85,9 @@ class Pager:
         self._emit("listening")
         self._open_images()
         self._prepare_replay()
-        holder = os.getppid()
+        # Needed before CRIU is done: its restorer touches the memory it has just registered.
+        for number in range(_DEMAND_THREADS):
+            threading.Thread(target=self._serve_slow, name=f"demand-{number}", daemon=True).start()
         probed = time.monotonic()
         while not self._over():
             busy = any(space.waiting for space in self._spaces)
@@ -95,7 +98,7 @@ class Pager:
             now = time.monotonic()
             if now - probed > _PROBE_SECONDS:
                 probed = now
-                self._probe(holder)
+                self._probe()
             self._close_complete()
         return self._end()
 
@@ -111,6 +114,9 @@ class Pager:
             if any(pagemap.lazy):
                 verifier = self._verifier.pages(pagemap.pages) if self._verifier else None
                 self._sources[task.pid] = FileSource(pagemap.pages, verifier)
+                self._wiped[task.pid] = RangeMap(
+                    Range(start, end, start) for start, end in read_wiped_on_fork(self._job.images, task.pid)
+                )
 
     def _prepare_replay(self) -> None:
         if self._job.working_set is None:
@@ -172,7 +178,7 @@ class Pager:
                 Range(each.offset, each.offset + each.length, each.address) for each in pagemap.lazy
             ),
             source=source,
-            pid=task.host_pid,
+            wiped=self._wiped[task.pid],
             on_copy=self._copied,
             restored=False,
         )
@@ -185,8 +191,6 @@ class Pager:
             space.restored = True
         if self._replay:
             self._replay.start(self._by_pages)
-        for number in range(_DEMAND_THREADS):
-            threading.Thread(target=self._serve_slow, name=f"demand-{number}", daemon=True).start()
         self._emit("restored", lazy_bytes=sum(space.pending.total for space in self._spaces))
         if not self._job.await_answer:
             self._recording = self._job.record is not None
@@ -293,8 +297,8 @@ class Pager:
                 self._selector.unregister(space.descriptor)
                 space.close()
                 self._spaces.remove(space)
-                self._cut_short |= was_dead and space.pending.total > 0
-                self._finished.append((space.name, dataclasses.asdict(space.counters)))
+                self._survived |= not was_dead
+                self._finished.append(space.counters)
 
     def _over(self) -> bool:
         if self._restored_at is None or self._spaces:
@@ -304,18 +308,20 @@ class Pager:
     def _end(self) -> int:
         self._board.disarm()
         self._emit(
-            "gone" if self._cut_short else "filled",
-            processes=dict(self._finished),
+            "filled" if self._survived or not self._finished else "gone",
+            processes=len(self._finished),
+            **{
+                name: sum(getattr(each, name) for each in self._finished)
+                for name in Counters.__dataclass_fields__
+            },
             hashed_bytes=sum(source.hashed_bytes for source in self._sources.values()),
         )
         return 0
 
-    def _probe(self, holder: int) -> None:
+    def _probe(self) -> None:
         """What nobody tells: processes that ended or exec'd, the holder's death, the end of patience."""
-        if os.getppid() != holder:
-            raise PagerError(
-                "the holder was killed", hint="nothing may kill it; the keeper ends the instance"
-            )
+        if self._board.orphaned:
+            raise PagerError("the holder was killed", hint="the instance was ended with it")
         for space in self._spaces:
             if self._restored_at is not None and not space.dead:
                 space.probe()
@@ -375,7 +381,7 @@ class Pager:
         self._board.explain(
             error.message if isinstance(error, RelumeError) else f"{type(error).__name__}: {error}"
         )
-        os._exit(70)
+        self._board.abandon(70)
 
 
 def _pages_id(pagemap: Pagemap) -> int:
@@ -390,6 +396,5 @@ def _without_pages(task: lazy_socket.Task) -> AddressSpace:
         pending=RangeMap(),
         layout=RangeMap(),
         source=NoPages(),
-        pid=task.host_pid,
         restored=False,
     )

@@ -16,11 +16,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from relume.errors import PagerError
 from relume.images.pagemap import PAGE_SIZE
-from relume.linux import proc, userfaultfd
+from relume.linux import userfaultfd
 from relume.linux.userfaultfd import Fault, Fork, Remap, Remove, Unmap
 from relume.pager.gate import Gate
 from relume.pager.ranges import Range, RangeMap
@@ -76,10 +75,9 @@ class _Stream:
 class AddressSpace:
     """``name`` for logs; ``layout`` has the image's order: offset in the pages file -> address at the dump.
 
-    ``pid`` is the process on this host, None for one forked after the restore.
 
     ``waiting`` are faults to be served by the loop, ``asked`` those given to a thread that may wait.
-    ``wiped`` are ranges with MADV_WIPEONFORK: a child gets zeros there, never the image's contents.
+    ``wiped`` are ranges that had MADV_WIPEONFORK at the dump: a child gets zeros there, not the contents.
     ``on_copy`` is told (offset in the pages file, length) of everything brought in by a fault.
     """
 
@@ -89,7 +87,6 @@ class AddressSpace:
     pending: RangeMap
     layout: RangeMap
     source: PageSource
-    pid: int | None = None
     wiped: RangeMap = field(default_factory=RangeMap)
     on_copy: Callable[[int, int, int], None] | None = None
     restored: bool = True
@@ -154,8 +151,6 @@ class AddressSpace:
         """The child's memory is ours as it was at the fork: no copy was under way, none succeeded since."""
         self.counters.forks += 1
         self.generation += 1
-        if self.pid is not None and self.pending.total:
-            self._learn_wiped(self.pid)
         pending = self.pending.copy()
         for start, end, _ in self.wiped:
             pending.take(start, end)
@@ -169,13 +164,6 @@ class AddressSpace:
             wiped=self.wiped.copy(),
             on_copy=self.on_copy,
         )
-
-    def _learn_wiped(self, pid: int) -> None:
-        """MADV_WIPEONFORK tells nobody, but shows as "wf" in smaps; the process stands still in fork(2) now."""
-        try:
-            self.wiped = wiped_on_fork(pid)
-        except (*proc.GONE, PermissionError):
-            pass
 
     def _remap(self, source: int, destination: int, length: int) -> None:
         self.pending.move(source, destination, length)
@@ -386,18 +374,3 @@ class AddressSpace:
         with self.gate.reading():
             self.dead = True
             os.close(self.descriptor)
-
-
-def wiped_on_fork(pid: int) -> RangeMap:
-    """The ranges of process ``pid`` with MADV_WIPEONFORK, from VmFlags in its smaps (proc_pid_smaps(5))."""
-    found = RangeMap()
-    start = end = 0
-    with Path(f"/proc/{pid}/smaps").open("rb") as lines:
-        for line in lines:
-            if line.startswith(b"VmFlags:"):
-                if b" wf" in line:
-                    found.put(Range(start, end, start))
-            elif b"-" in (head := line.split(b" ", 1)[0]):
-                low, _, high = head.partition(b"-")
-                start, end = int(low, 16), int(high, 16)
-    return found

@@ -1,0 +1,240 @@
+"""The pager against CRIU itself: the same checkpoint, eagerly and lazily, must be the same memory, always."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pager"))
+from harness import SOURCE, Checkpoint, compile_program, running, wait_until
+from relume.images import read_pagemap
+from relume.images.integrity import record
+from relume.pager import working_set
+from relume.pager.working_set import Piece, WorkingSet
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="CRIU needs root"),
+    pytest.mark.timeout(120),
+]
+
+WORKERS = 2
+MEGABYTES = 72
+STEPS = 350
+
+
+class Torture:
+    """The frozen torture program (tests/pager/torture.c)."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        program = compile_program(SOURCE / "torture.c", folder / "torture")
+        arguments = [str(program), str(folder), str(WORKERS), str(MEGABYTES), str(seed), str(STEPS)]
+        null = subprocess.DEVNULL
+        process = subprocess.Popen(
+            arguments, cwd=folder, stdin=null, stdout=null, stderr=null, start_new_session=True
+        )
+        wait_until(lambda: len(list(folder.glob("ready.*"))) == WORKERS + 1, 30, "the program is ready")
+        self.checkpoint = Checkpoint.take(process.pid, folder)
+        process.poll()
+        record(self.checkpoint.images)
+
+    def go(self) -> None:
+        for path in [*self.folder.glob("done.*"), *self.folder.glob("bad.*")]:
+            path.unlink()
+        (self.folder / "go").touch()
+
+    def wait(self) -> None:
+        """Until every process went through its steps. Raises AssertionError with what one of them found wrong."""
+        wait_until(lambda: self.wrong or len(list(self.folder.glob("done.*"))) == WORKERS + 1, 60, "torture")
+        assert not self.wrong
+
+    @property
+    def wrong(self) -> list[str]:
+        return [path.read_text() for path in self.folder.glob("bad.*")]
+
+    def some_working_set(self, seed: int) -> Path:
+        """A made-up one: half of the image, in random order, so that the replay meets every event."""
+        rng = random.Random(seed)
+        pagemaps = [read_pagemap(self.checkpoint.images, pid) for pid in self.checkpoint.pids]
+        pieces = []
+        for pagemap in pagemaps:
+            pages_id = int(pagemap.pages.stem.rpartition("-")[2])
+            for extent in pagemap.lazy:
+                for offset in range(extent.offset, extent.offset + extent.length, 1 << 18):
+                    if rng.random() < 0.5:
+                        pieces.append(
+                            Piece(pages_id, offset, min(1 << 18, extent.offset + extent.length - offset))
+                        )
+        rng.shuffle(pieces)
+        images = {int(each.pages.stem.rpartition("-")[2]): each.pages_bytes for each in pagemaps}
+        path = self.folder / f"set-{seed}"
+        working_set.save(path, WorkingSet(images, tuple(pieces)))
+        return path
+
+
+@pytest.fixture(scope="module")
+def torture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Torture]:
+    made = Torture(tmp_path_factory.mktemp("torture"), seed=1)
+    yield made
+    made.checkpoint.kill()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said(torture: Torture) -> None:
+    (torture.folder / "go").unlink(missing_ok=True)
+
+
+def test_every_page_of_every_process_is_the_same(torture: Torture) -> None:
+    """Nothing runs: the tasks are left stopped, so eager and lazy memory must be equal byte for byte."""
+    checkpoint = torture.checkpoint
+    assert checkpoint.restore(lazy=False, stopped=True).returncode == 0
+    eager = checkpoint.pages()
+    checkpoint.kill()
+    runtime = torture.folder / "runtime"
+    with checkpoint.pager(verify=runtime, working_set=torture.some_working_set(5)) as pager:
+        assert checkpoint.restore(lazy=True, stopped=True).returncode == 0
+        pager.event("replayed")
+        pager.send(command="first_answer")
+        filled = pager.event("filled")
+        assert pager.process.wait(10) == 0
+        lazy = checkpoint.pages()
+    assert filled["hashed_bytes"] > 0
+    assert eager.keys() == lazy.keys()
+    different = [key for key in eager if eager[key] != lazy[key]]
+    assert not different, f"{len(different)} of {len(eager)} pages, first {different[0]}"
+
+
+@pytest.mark.parametrize(
+    ("threads", "replay", "fill", "delay"),
+    [(2, True, "all", 0.0), (4, True, "all", 0.02), (1, False, "all", 0.0), (2, True, "demand", 0.0)],
+)
+def test_the_torture_passes_while_memory_comes_in(
+    torture: Torture, threads: int, replay: bool, fill: str, delay: float
+) -> None:
+    torture.go()
+    learned = torture.some_working_set(threads) if replay else None
+    with torture.checkpoint.pager(threads=threads, working_set=learned, fill=fill) as pager:
+        assert torture.checkpoint.restore(lazy=True).returncode == 0
+        pager.event("restored")
+        time.sleep(delay)
+        pager.send(command="first_answer")
+        torture.wait()
+        if fill == "demand":
+            torture.checkpoint.kill()  # it has looked at all of its memory; the pager may be gone already
+        assert pager.process.wait(20) == 0
+
+
+def test_the_program_ends_in_the_middle(torture: Torture) -> None:
+    torture.go()
+    with torture.checkpoint.pager() as pager:
+        assert torture.checkpoint.restore(lazy=True).returncode == 0
+        pager.event("restored")
+        pager.send(command="first_answer")
+        time.sleep(0.02)
+        torture.checkpoint.kill()
+        pager.event("gone")
+        assert pager.process.wait(10) == 0
+
+
+def test_a_first_restore_learns_and_the_next_replays(torture: Torture) -> None:
+    torture.go()
+    learned = torture.folder / "learned"
+    with torture.checkpoint.pager(record=learned, working_set=learned) as pager:
+        assert torture.checkpoint.restore(lazy=True).returncode == 0
+        torture.wait()
+        pager.send(command="first_answer")
+        first = pager.event("recorded")
+        pager.event("filled")
+    assert first["bytes"] > 0
+    torture.go()
+    with torture.checkpoint.pager(record=learned, working_set=learned) as pager:
+        assert torture.checkpoint.restore(lazy=True).returncode == 0
+        replayed = pager.event("replayed")
+        torture.wait()
+        pager.send(command="first_answer")
+        second = pager.event("recorded")
+        pager.event("filled")
+    assert replayed["bytes"] > first["bytes"] / 2
+    assert second["missed"] < first["missed"] / 2
+
+
+@pytest.mark.parametrize("victim", ["pager", "holder"])
+def test_nobody_runs_on_zeros_when_the_pager_is_killed(torture: Torture, victim: str) -> None:
+    checkpoint = torture.checkpoint
+    for delay in (0.0, 0.01, 0.05):
+        torture.go()
+        with checkpoint.pager(fill="demand") as pager:
+            target = pager.pager_pid if victim == "pager" else pager.process.pid
+            assert checkpoint.restore(lazy=True).returncode == 0
+            pager.event("restored")
+            time.sleep(delay)
+            os.kill(target, signal.SIGKILL)
+            wait_until(lambda: not any(map(running, checkpoint.pids)), 10, "the instance is killed")
+            assert not torture.wrong
+            if victim == "pager":
+                assert "signal 9" in pager.event("failed")["reason"]
+                assert pager.process.wait(10) == 1
+
+
+def test_a_flipped_bit_is_found_before_it_is_memory(torture: Torture) -> None:
+    checkpoint = torture.checkpoint
+    pages = read_pagemap(checkpoint.images, checkpoint.pids[0])
+    where = max(pages.lazy, key=lambda extent: extent.length).offset + 12345
+    _flip(pages.pages, where)
+    try:
+        torture.go()
+        with checkpoint.pager(verify=torture.folder / "other-runtime") as pager:
+            assert checkpoint.restore(lazy=True).returncode == 0
+            pager.event("restored")
+            pager.send(command="first_answer")
+            assert "not what was written" in pager.event("failed")["reason"]
+            assert not any(map(running, checkpoint.pids))
+            assert not torture.wrong
+    finally:
+        _flip(pages.pages, where)
+
+
+def test_a_pages_file_cut_short_under_way(torture: Torture) -> None:
+    checkpoint = torture.checkpoint
+    pages = read_pagemap(checkpoint.images, checkpoint.pids[0]).pages
+    content = pages.read_bytes()
+    try:
+        with checkpoint.pager() as pager:
+            assert checkpoint.restore(lazy=True).returncode == 0
+            pager.event("restored")
+            os.truncate(pages, len(content) // 2 & -4096)
+            pager.send(command="first_answer")
+            assert pager.event("failed")["reason"]
+            assert not any(map(running, checkpoint.pids))
+            assert not torture.wrong
+    finally:
+        pages.write_bytes(content)
+
+
+def test_a_pages_file_that_is_short_from_the_start(torture: Torture) -> None:
+    checkpoint = torture.checkpoint
+    pages = read_pagemap(checkpoint.images, checkpoint.pids[0]).pages
+    content = pages.read_bytes()
+    try:
+        os.truncate(pages, len(content) - 4096)
+        with checkpoint.pager() as pager:
+            assert "is short" in pager.event("failed")["reason"]
+            assert checkpoint.restore(lazy=True).returncode != 0
+    finally:
+        pages.write_bytes(content)
+
+
+def _flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 4]))
