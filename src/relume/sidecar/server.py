@@ -10,7 +10,6 @@ HTTP is h11's, not aiohttp's: there is one of these for each instance, and h11 i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import http
 import json
@@ -23,11 +22,14 @@ import h11
 ADDRESS = "169.254.169.253"
 PORT = 8234
 
+_PIECE = 16 * 1024
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
-    """``header_bytes`` of one request's head, ``body_bytes`` of its body, ``read_s`` for all of it to arrive,
-    ``idle_s`` between two requests of a connection, ``connections`` at once."""
+    """``header_bytes`` of one request's head, ``body_bytes`` of its body; ``read_s`` from a request's first byte
+    to its last, and for the caller to take the answer; ``idle_s`` between two requests of a connection;
+    ``connections`` at once (as many again are told so, more are dropped)."""
 
     header_bytes: int = 16 * 1024
     body_bytes: int = 64 * 1024
@@ -38,10 +40,11 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-    """An HTTP status and a JSON body."""
+    """An HTTP status and a JSON body, and headers beside the ones that every answer has."""
 
     status: int
     body: Any
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 class _Refused(Exception):
@@ -70,30 +73,39 @@ class Sidecar:
 
     async def open(self, listener: socket.socket) -> None:
         """Serve on ``listener``, which it now owns."""
-        self._server = await asyncio.start_server(self._accepted, sock=listener)
+        # asyncio calls listen(2) again, with its own backlog of 100 unless it is told otherwise.
+        self._server = await asyncio.start_server(
+            self._accepted, sock=listener, backlog=self._limits.connections
+        )
 
     async def close(self) -> None:
+        """Stop listening and drop every connection, answered or not."""
         if self._server is not None:
             self._server.close()
         for task in self._connections:
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
 
-    async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A task of our own: asyncio 3.11 reports the cancellation of the one it would make as an error.
+        if len(self._connections) >= 2 * self._limits.connections:
+            writer.transport.abort()
+            return
+        task = asyncio.create_task(self._serve(reader, writer))
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        crowded = len(self._connections) > self._limits.connections
         try:
-            await _Connection(
-                self, reader, writer, crowded=len(self._connections) > self._limits.connections
-            ).serve()
-        except (OSError, TimeoutError):
-            pass  # the caller is gone; what it asked for goes on
-        finally:
+            await _Connection(self, reader, writer, crowded=crowded).serve()
             writer.close()
-            with contextlib.suppress(OSError):
+            async with asyncio.timeout(self._limits.read_s):
                 await writer.wait_closed()
+        except (OSError, h11.LocalProtocolError):
+            pass  # the caller is gone or takes no answer; what it asked for goes on
+        finally:
+            writer.transport.abort()  # a no-op after a proper close
 
     async def answer(self, method: str, path: str) -> Answer:
         """The answer to one well-formed request."""
@@ -101,7 +113,8 @@ class Sidecar:
         if wanted is None:
             return _error(404, "not_found", f"no {path} here; there are " + ", ".join(_METHODS))
         if method != wanted:
-            return _error(405, "method_not_allowed", f"{path} takes {wanted}, not {method}")
+            refusal = _error(405, "method_not_allowed", f"{path} takes {wanted}, not {method}")
+            return dataclasses.replace(refusal, headers=(("allow", wanted),))
         try:
             return await self._handlers[path]()
         except Exception as error:
@@ -123,6 +136,7 @@ class _Connection:
         self._reader = reader
         self._writer = writer
         self._crowded = crowded
+        self._head = False
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=self._limits.header_bytes)
 
     async def serve(self) -> None:
@@ -146,24 +160,35 @@ class _Connection:
         """Method and path of the next request, its body read and dropped; None at the end of the connection."""
         if self._crowded:
             raise _Refused(503, "too_many_connections", f"more than {self._limits.connections} connections")
-        event = await self._event(self._limits.idle_s)
-        if event is h11.PAUSED or isinstance(event, h11.ConnectionClosed):
+        if not await self._begun():
             return None
+        deadline = asyncio.get_running_loop().time() + self._limits.read_s
+        event = await self._event(deadline)
         if not isinstance(event, h11.Request):
             return None
         for name, value in event.headers:
             if name == b"content-length" and int(value) > self._limits.body_bytes:
                 raise self._too_large()
-        method = event.method.decode("ascii", "replace")
-        path = event.target.split(b"?", 1)[0].decode("ascii", "replace")
-        await self._drop_body()
-        return method, path
+        self._head = event.method == b"HEAD"
+        await self._drop_body(deadline)
+        return event.method.decode("ascii", "replace"), _path(event.target)
 
-    async def _drop_body(self) -> None:
+    async def _begun(self) -> bool:
+        """Wait for the first byte of a request; False when there won't be one."""
+        if self._http.trailing_data[0]:
+            return True  # it came behind the request before it
+        try:
+            async with asyncio.timeout(self._limits.idle_s):
+                data = await self._reader.read(_PIECE)
+        except TimeoutError:
+            return False
+        self._http.receive_data(data)
+        return bool(data)
+
+    async def _drop_body(self, deadline: float) -> None:
         size = 0
-        deadline = asyncio.get_running_loop().time() + self._limits.read_s
         while True:
-            event = await self._event(deadline - asyncio.get_running_loop().time())
+            event = await self._event(deadline)
             if isinstance(event, h11.Data):
                 size += len(event.data)
                 if size > self._limits.body_bytes:
@@ -173,50 +198,48 @@ class _Connection:
             else:
                 raise ConnectionResetError
 
-    async def _event(self, patience: float) -> Any:
-        """The next h11 event. Once a first byte has come, the rest must within ``read_s``."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + patience
+    async def _event(self, deadline: float) -> Any:
+        """The next h11 event; ``deadline`` is in the loop's time."""
         while True:
             try:
                 event = self._http.next_event()
             except h11.RemoteProtocolError as error:
                 status = error.error_status_hint
-                raise _Refused(
-                    status, "header_too_large" if status == 431 else "bad_request", str(error)
-                ) from None
+                code = "header_too_large" if status == 431 else "bad_request"
+                raise _Refused(status, code, str(error)) from None
             if event is not h11.NEED_DATA:
                 return event
             if self._http.they_are_waiting_for_100_continue:
-                self._writer.write(
-                    self._http.send(h11.InformationalResponse(status_code=100, headers=[])) or b""
-                )
+                self._write(h11.InformationalResponse(status_code=100, headers=[]))
             try:
                 async with asyncio.timeout_at(deadline):
-                    data = await self._reader.read(16 * 1024)
+                    data = await self._reader.read(_PIECE)
             except TimeoutError:
-                if self._http.their_state is h11.IDLE and not self._http.trailing_data[0]:
-                    return h11.ConnectionClosed()  # an idle connection, nothing was asked
                 raise _Refused(408, "timeout", "the request did not arrive in time") from None
-            if data and self._http.their_state is h11.IDLE:
-                deadline = min(deadline, loop.time() + self._limits.read_s)
             self._http.receive_data(data)
 
     def _too_large(self) -> _Refused:
         return _Refused(413, "body_too_large", f"the body may have {self._limits.body_bytes} bytes at most")
 
     async def _send(self, answer: Answer, *, close: bool) -> None:
-        body = json.dumps(answer.body).encode() + b"\n"
-        headers = [("content-type", "application/json"), ("content-length", str(len(body)))]
-        if close:
-            headers.append(("connection", "close"))
         if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return  # h11 gave the connection up: nothing well-formed can be said any more
+        body = json.dumps(answer.body).encode() + b"\n"
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), *answer.headers]
+        if close:
+            headers.append(("connection", "close"))
         reason = http.HTTPStatus(answer.status).phrase
-        response = h11.Response(status_code=answer.status, headers=headers, reason=reason)
-        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
-            self._writer.write(self._http.send(event) or b"")
-        await self._writer.drain()
+        self._write(h11.Response(status_code=answer.status, headers=headers, reason=reason))
+        if not self._head:
+            self._write(h11.Data(data=body))
+        self._write(h11.EndOfMessage())
+        async with asyncio.timeout(
+            self._limits.read_s
+        ):  # a caller that takes no answer holds nothing of ours
+            await self._writer.drain()
+
+    def _write(self, event: h11.Event) -> None:
+        self._writer.write(self._http.send(event) or b"")
 
     async def _linger(self) -> None:
         """Let a client that is still sending read the refusal: a close with unread data would reset it."""
@@ -224,10 +247,18 @@ class _Connection:
             self._writer.write_eof()
         try:
             async with asyncio.timeout(2.0):
-                while await self._reader.read(64 * 1024):
+                while await self._reader.read(_PIECE):
                     pass
         except TimeoutError:
             pass
+
+
+def _path(target: bytes) -> str:
+    """The path of a request target, in the absolute form too (RFC 9112, 3.2.2); its query is nobody's."""
+    path = target.split(b"?", 1)[0].decode("ascii", "replace")
+    if path.startswith("http://"):
+        path = "/" + path.removeprefix("http://").partition("/")[2]
+    return path
 
 
 def _error(status: int, code: str, message: str) -> Answer:
