@@ -24,7 +24,7 @@ from relume.checkpoint.shelf import Checkpoint, Intent, Shelf, size_of
 from relume.engine import criulog, edit, held, options, preflight
 from relume.engine.jobs import DumpJob, DumpResult
 from relume.errors import RelumeError, Unsupported
-from relume.images import integrity
+from relume.images import integrity, lazy_bytes
 from relume.keeper.client import Keeper
 from relume.linux import cgroup
 
@@ -251,6 +251,7 @@ class Capturer:
             platform=self._platform,
             created_at=time.time(),
             size_bytes=size_of(images) + size_of(directory / "held"),
+            lazy_bytes=sum(lazy_bytes(images).values()),
             frozen_s=times.frozen_us / 1e6,
             timings={
                 "freezing_s": times.freezing_us / 1e6,

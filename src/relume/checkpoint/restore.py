@@ -21,6 +21,8 @@ from relume.images import integrity
 FIRST_LINE = "CEREBRIUM_RESTORED: container restored from checkpoint"
 """The first line of a copy's log, to the letter of the documented interface."""
 
+_ROOM = 1.15
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Restoration:
@@ -73,6 +75,30 @@ class Restoration:
         """Put the held files into ``upper``, before the overlay is mounted on it."""
         if self.lower_layer is None:
             held.lay(self._stored / "held", upper, id_base=self.id_base)
+
+    def why_eager(self, memory_limit: int | None) -> str:
+        """Why the memory must be read at once rather than on demand; empty when it need not.
+
+        Pages that forked processes share are shared again by an eager restore only: CRIU compares them when
+        it writes them, and cannot when it does not. So a preforked app may need much more memory lazily.
+        """
+        need = round(self.checkpoint.lazy_bytes * _ROOM)
+        if memory_limit is not None and need > memory_limit:
+            return f"paged in, its processes need {need} bytes and the limit is {memory_limit}"
+        return ""
+
+    def pager_job(self, *, work: Path, cgroup: str, fill: str, learn: bool = True) -> dict[str, Any]:
+        """The pager's job (relume.pager.job). Without ``learn`` it neither replays nor records."""
+        learned = str(self._stored / "working-set") if learn else None
+        return {
+            "images": str(self.images),
+            "work_dir": str(work),
+            "working_set": learned,
+            "record": learned,
+            "fill": fill,
+            "cgroup": cgroup,
+            "verify": str(self.verified) if self.verified else None,
+        }
 
     def job(self, *, images: Path, work: Path, pager: dict[str, Any] | None) -> RestoreJob:
         """The engine's job; ``images`` is where the mapped root can read them."""

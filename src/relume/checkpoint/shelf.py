@@ -36,6 +36,8 @@ class Checkpoint:
     platform: Platform
     created_at: float
     size_bytes: int
+    lazy_bytes: int
+    """What all processes together have in pages that can come on demand, in bytes; shared ones count for each."""
     frozen_s: float
     timings: dict[str, float]
     id_base: int
@@ -93,14 +95,22 @@ class Shelf:
         return self.root / f".making-{dump_id}"
 
     def unfinished(self) -> list[Intent]:
-        """The checkpoints in the making; a directory without a readable intent is removed."""
+        """The checkpoints in the making. A directory without a readable intent is left alone: it is just
+        beginning, or about to get its name."""
         found = []
         for directory in self.root.glob(".making-*"):
             try:
                 found.append(Intent(**json.loads((directory / "intent.json").read_text())))
             except (OSError, ValueError, TypeError):
-                shutil.rmtree(directory, ignore_errors=True)
+                continue
         return found
+
+    def clear_half_made(self) -> None:
+        """Remove what a node that died left half made. Only while nothing of this node is making one."""
+        intents = {self.making(intent.dump_id) for intent in self.unfinished()}
+        for directory in self.root.glob(".making-*"):
+            if directory not in intents:
+                shutil.rmtree(directory, ignore_errors=True)
 
     def abandon(self, dump_id: str) -> None:
         """Leave nothing of a checkpoint that did not come to be."""

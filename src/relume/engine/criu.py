@@ -16,11 +16,13 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from relume.engine import held
 from relume.engine.gate import Gate
 from relume.engine.jobs import Container, DumpJob, DumpResult, RestoreJob
 from relume.engine.network import Network
+from relume.engine.paging import PagerProcess
 from relume.engine.stdio import Sink, Stdio
 from relume.errors import EngineError, Unsupported
 from relume.linux import cgroup, netns, process
@@ -52,12 +54,19 @@ class Criu:
         self._hook = Gate(self._directory, "hook")
         self._hook.write_hook()
         self._stdio: Stdio | None = None
+        self.pager: PagerProcess | None = None
         self.network: Network | None = None
         self.pid = 0
         self.timeline: dict[str, float] = {}
 
+    async def warm_up(self) -> None:
+        """Start what a restore will need and what takes time to start."""
+        if self.pager is None:
+            self.pager = await PagerProcess.spawn()
+
     async def boot(self) -> int:
         """``runc run``; returns the host pid of the container's init."""
+        await self._drop_pager()
         return await self._bring_up(["run", "--detach"], wait_for_way_out=True)
 
     async def restore(self, job: RestoreJob) -> int:
@@ -66,8 +75,27 @@ class Criu:
         arguments = ["restore", "--detach", "--image-path", job.images, "--work-path", job.work]
         arguments += ["--empty-ns", "network"]
         if job.pager is not None:
+            await self._page(job.pager)
             arguments.append("--lazy-pages")
+        else:
+            await self._drop_pager()
         return await self._bring_up(arguments, wait_for_way_out=False)
+
+    async def _page(self, job: dict[str, Any]) -> None:
+        await self.warm_up()
+        assert self.pager is not None
+        self.pager.on_death = self._pager_died
+        await self.pager.listen(job)
+        self._mark("pager_ready")
+
+    def _pager_died(self) -> None:
+        """Pager and holder are gone, and with them the last descriptors: no page may be served as zeros."""
+        cgroup.kill(self._container.cgroup)
+
+    async def _drop_pager(self) -> None:
+        if self.pager is not None:
+            await self.pager.close()
+            self.pager = None
 
     async def _bring_up(self, arguments: list[str], *, wait_for_way_out: bool) -> int:
         pid_file = self._directory / "pid"
@@ -235,6 +263,7 @@ class Criu:
     async def close(self) -> None:
         """End what is left of it: stray processes, pasta, the hook's FIFOs."""
         await asyncio.to_thread(cgroup.kill, self._container.cgroup)
+        await self._drop_pager()
         if self.network is not None:
             await self.network.close()
         self._hook.close()

@@ -68,6 +68,7 @@ class Instance:
         self.ready_at: float | None = None
         self.exit_code: int | None = None
         self.dump: dict[str, Any] | None = None
+        self.paging: dict[str, Any] | None = None
         self.over = asyncio.Event()
 
     # --- what the node asks -----------------------------------------------------------------------
@@ -84,12 +85,20 @@ class Instance:
         self.phase = "assigned"
         return self.published.port
 
+    async def warm_up(self) -> None:
+        """Start ahead of need what a restore takes time to start."""
+        await self._engine.warm_up()
+
     async def boot(self) -> dict[str, Any]:
         """Boot the container; returns its pid and the times of the stages."""
         return await self._bring_up(self._engine.boot())
 
     async def restore(self, job: RestoreJob) -> dict[str, Any]:
         """Restore the container; returns its pid and the times of the stages."""
+        if job.pager is not None:
+            await self._engine.warm_up()
+            assert self._engine.pager is not None
+            self._engine.pager.on_event = self._pager_told
         return await self._bring_up(self._engine.restore(job))
 
     async def _bring_up(self, coming: Any) -> dict[str, Any]:
@@ -152,6 +161,7 @@ class Instance:
             "exit_code": self.exit_code,
             "requests": sorted(self._requests),
             "dump": self.dump,
+            "paging": self.paging,
         }
 
     # --- what happens by itself -------------------------------------------------------------------
@@ -211,9 +221,17 @@ class Instance:
             return True
         return await probe.answers(connection, assignment.readycheck, assignment.app)
 
+    def _pager_told(self, event: dict[str, Any]) -> None:
+        if event["event"] in ("restored", "replayed"):
+            self._engine.timeline[f"pager_{event['event']}"] = time.monotonic()
+        self.paging = event
+        self._notify({"event": "pager", "told": event})
+
     def _responded(self) -> None:
         if not self._answered and self.ready_at is not None:
             self._answered = True
+            if self._engine.pager is not None:
+                self._engine.pager.first_answer()
             self._notify({"event": "first_answer", "at": time.monotonic()})
 
     async def _watch_end(self) -> None:

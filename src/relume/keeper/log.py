@@ -18,18 +18,15 @@ class Log:
     """An append-only log; writes go straight to the kernel, so that a reader sees them at once."""
 
     def __init__(self, path: Path, *, limit: int) -> None:
+        """Go on with the log at ``path``, or begin it. Raises OSError."""
         self._path = path
         self._limit = limit
-        self._open()
-
-    def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._raw = os.open(self._path, flags, 0o600)
-        self._times = os.open(times_of(self._path), flags, 0o600)
+        self._raw, self._times = _opened(path), _opened(times_of(path))
         self._size = os.fstat(self._raw).st_size
 
     def write(self, data: bytes, stream: str) -> None:
-        """Append ``data``, all of it. A full disk loses it: the app must not stand still for its log."""
+        """Append ``data``, all of it. Never raises OSError: a full disk loses it, since the app must not stand
+        still for its log."""
         if self._size >= self._limit and data:
             data = self._rotate(data, stream)
         self._append(data, stream)
@@ -53,12 +50,21 @@ class Log:
         if not end and self._size < 2 * self._limit:
             return data  # in the middle of a long line: let it grow a little
         self._append(data[:end], stream)
-        self.close()
+        paths = (self._path, times_of(self._path))
+        fresh: list[int] = []
         try:
-            for path in (self._path, times_of(self._path)):
-                path.replace(path.with_name(path.name + ".1"))
-        finally:
-            self._open()
+            for path in paths:
+                fresh.append(_opened(_beside(path, ".new"), os.O_TRUNC))
+            for path in paths:
+                path.replace(_beside(path, ".1"))
+                _beside(path, ".new").replace(path)
+        except OSError:  # no room for another file, or somebody removed ours: go on in the old one
+            for descriptor in fresh:
+                os.close(descriptor)
+            return data[end:]
+        self.close()
+        self._raw, self._times = fresh
+        self._size = 0
         return data[end:]
 
     def close(self) -> None:
@@ -69,3 +75,11 @@ class Log:
 def times_of(path: Path) -> Path:
     """Where the time stamps of the log at ``path`` are."""
     return path.with_name(path.name + ".times")
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _opened(path: Path, more: int = 0) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | more, 0o600)

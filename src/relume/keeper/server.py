@@ -34,6 +34,7 @@ class Server:
         """Serve until the instance is over or, before it has an app, until the node is gone."""
         server = await asyncio.start_unix_server(self._connected, self._path, limit=wire.LINE_LIMIT)
         self._path.chmod(0o600)
+        await self._instance.warm_up()
         await self._over.wait()
         server.close()
 

@@ -57,6 +57,7 @@ class Node:
             self._ground,
             self._spares,
             log_limit=config.node.max_log_bytes,
+            pages_lazily=self.pages_lazily,
         )
 
     async def open(self) -> None:
@@ -89,6 +90,7 @@ class Node:
             for directory in root.glob("i-*"):
                 if directory.name not in living:
                     self._ground.clear(self.places.instance(directory.name), directory.name)
+        self._shelf.clear_half_made()
         for intent in self._shelf.unfinished():
             if intent.instance_id not in living:
                 self._shelf.abandon(intent.dump_id)
@@ -136,9 +138,13 @@ class Node:
         self._state.set_build(build.app, build.build_id, str(directory))
         return build
 
-    async def start(self, app: str, *, restore: bool, environment: Mapping[str, str]) -> Started:
+    async def start(
+        self, app: str, *, restore: bool, environment: Mapping[str, str], memory: str = "paged"
+    ) -> Started:
+        if memory not in ("paged", "unlearned", "eager"):
+            raise BadRequest(f"memory is paged, unlearned or eager, not {memory!r}")
         return await self.lifecycle.start(
-            self._build_of(app), restore_wanted=restore, environment=environment
+            self._build_of(app), restore_wanted=restore, environment=environment, memory=memory
         )
 
     def explain_start(self, app: str) -> dict[str, Any]:

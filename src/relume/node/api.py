@@ -145,7 +145,12 @@ async def _start(request: web.Request) -> web.StreamResponse:
         if body.get("explain"):
             return node.explain_start(app)
         return (
-            await node.start(app, restore=bool(body.get("restore", True)), environment=environment)
+            await node.start(
+                app,
+                restore=bool(body.get("restore", True)),
+                environment=environment,
+                memory=str(body.get("memory", "paged")),
+            )
         ).as_dict()
 
     return await _stream(request, verb)

@@ -36,6 +36,9 @@ class Instance:
     """Started by the node only to make a checkpoint."""
     adopted: bool = False
     """Taken over from an earlier run of the node."""
+    memory: str = "fresh"
+    """How its memory came: "fresh", "paged", or "eager: " and why."""
+    paging_failed: str = ""
     state: InstanceState = "starting"
     port: int = 0
     started_at: float = dataclasses.field(default_factory=time.time)

@@ -27,7 +27,16 @@ from relume.checkpoint.capture import Capturer, Subject
 from relume.checkpoint.shelf import Checkpoint, Shelf
 from relume.engine import criulog
 from relume.engine.jobs import Container
-from relume.errors import BuildError, EngineError, ImageError, NotFound, RelumeError, StartFailed, Untrusted
+from relume.errors import (
+    BuildError,
+    EngineError,
+    ImageError,
+    NotFound,
+    PagerError,
+    RelumeError,
+    StartFailed,
+    Untrusted,
+)
 from relume.keeper.client import Keeper
 from relume.keeper.instance import Assignment
 from relume.linux import process
@@ -60,6 +69,8 @@ class Started:
     reason: str | None
     ready_s: float
     trace: dict[str, float]
+    memory: str = "fresh"
+    """How its memory came: "fresh" (booted), "paged", or "eager" with the reason behind it."""
 
     def as_dict(self) -> dict[str, Any]:
         instance = self.instance
@@ -72,6 +83,7 @@ class Started:
             "reason": self.reason,
             "url": instance.url,
             "ready_s": round(self.ready_s, 4),
+            "memory": self.memory,
             "trace": {stage: round(seconds, 4) for stage, seconds in self.trace.items()},
         }
 
@@ -110,6 +122,7 @@ class Lifecycle:
         spares: Spares,
         *,
         log_limit: int,
+        pages_lazily: bool,
     ) -> None:
         self._places = places
         self._state = state
@@ -118,22 +131,32 @@ class Lifecycle:
         self._ground = ground
         self._spares = spares
         self._log_limit = log_limit
+        self._pages_lazily = pages_lazily
         self._tasks: set[asyncio.Task[Any]] = set()
         self.instances: dict[str, Instance] = {}
 
     # --- start ------------------------------------------------------------------------------------
 
     async def start(
-        self, build: Build, *, restore_wanted: bool = True, environment: Mapping[str, str] | None = None
+        self,
+        build: Build,
+        *,
+        restore_wanted: bool = True,
+        environment: Mapping[str, str] | None = None,
+        memory: str = "paged",
     ) -> Started:
-        """A ready instance of ``build``. Raises StartFailed when even the cold boot fails."""
+        """A ready instance of ``build``. Raises StartFailed when even the cold boot fails.
+
+        ``memory`` is how a copy's memory comes: "paged" (replaying and learning), "unlearned" (paged, without
+        either) or "eager"; the last two are for comparison.
+        """
         trace = Trace()
         reason, checkpoint = self.choose(build, restore_wanted=restore_wanted)
         trace.mark("lookup")
         if checkpoint is not None:
             try:
-                instance = await self._restore(build, checkpoint, environment or {}, trace)
-                return Started(instance, None, trace.elapsed, trace.stages)
+                instance = await self._restore(build, checkpoint, environment or {}, trace, memory)
+                return Started(instance, None, trace.elapsed, trace.stages, instance.memory)
             except Exception as error:  # whatever it is, the start must not fail for it
                 reason = self._restore_failed(checkpoint, build, error)
                 trace.mark("restore_failed")
@@ -185,17 +208,23 @@ class Lifecycle:
         return instance
 
     async def _restore(
-        self, build: Build, checkpoint: Checkpoint, environment: Mapping[str, str], trace: Trace
+        self,
+        build: Build,
+        checkpoint: Checkpoint,
+        environment: Mapping[str, str],
+        trace: Trace,
+        memory: str,
     ) -> Instance:
         instance = await self._new(build, checkpoint.checkpoint_id)
         places = instance.places
         restoration = restore.Restoration(self._shelf, checkpoint, instance.id_base, self._places.verified)
         try:
-            await asyncio.to_thread(self._lay_copy, instance, restoration)
+            pager = self._pager_job(instance, restoration, memory)
+            await asyncio.to_thread(self._lay_copy, instance, restoration, verify_pages=pager is None)
             trace.mark("layer")
             await self._assign(instance, environment, first_line=restore.FIRST_LINE)
             trace.mark("keeper")
-            job = restoration.job(images=places.images, work=places.criu_work, pager=None)
+            job = restoration.job(images=places.images, work=places.criu_work, pager=pager)
             coming = asyncio.create_task(instance.keeper.restore(job))
             readiness = asyncio.create_task(instance.until_ready(_RESTORE_PATIENCE))
             # runc returns some time after the app runs: whoever is first, readiness or failure, decides.
@@ -207,6 +236,9 @@ class Lifecycle:
         except Exception as error:
             words = criulog.explain(places.criu_work / "restore.log")
             await self._discard(instance, "failed")
+            if instance.paging_failed:
+                await asyncio.to_thread(restoration.verify, pages=True)  # a damaged one says so by itself
+                raise PagerError(instance.paging_failed) from error
             if isinstance(error, EngineError) and words.reason:
                 raise EngineError(words.reason, hint=error.hint) from error
             raise
@@ -214,9 +246,29 @@ class Lifecycle:
         self._now_ready(instance, trace)
         return instance
 
-    def _lay_copy(self, instance: Instance, restoration: restore.Restoration) -> None:
+    def _pager_job(
+        self, instance: Instance, restoration: restore.Restoration, memory: str
+    ) -> dict[str, Any] | None:
+        """The pager's job, or None (and why, in ``instance.memory``) to read all memory before the app runs."""
+        why_eager = (
+            "asked for" if memory == "eager" else restoration.why_eager(instance.settings.limits.memory)
+        )
+        if not self._pages_lazily:
+            why_eager = "userfaultfd is not allowed on this node"
+        if why_eager:
+            instance.memory = f"eager: {why_eager}"
+            return None
+        instance.memory = "paged"
+        return restoration.pager_job(
+            work=instance.places.criu_work,
+            cgroup=instance.places.cgroup,
+            fill=instance.settings.fill,
+            learn=memory != "unlearned",
+        )
+
+    def _lay_copy(self, instance: Instance, restoration: restore.Restoration, *, verify_pages: bool) -> None:
         """All of a copy's ground; blocking. Raises Untrusted or ImageError for a damaged checkpoint."""
-        restoration.verify(pages=True)
+        restoration.verify(pages=verify_pages)
         restoration.lay_files(instance.places.upper)
         self._ground.lay(
             instance.places, instance.build, id_base=instance.id_base, top=restoration.lower_layer, copy=True
@@ -313,15 +365,19 @@ class Lifecycle:
     # --- after a failed restore -------------------------------------------------------------------
 
     def _restore_failed(self, checkpoint: Checkpoint, build: Build, error: Exception) -> str:
+        return f"restore failed: {self._count_failure(checkpoint.checkpoint_id, build, error)}"
+
+    def _count_failure(self, checkpoint_id: str, build: Build, error: Exception) -> str:
+        """Count it against the checkpoint, replace that in the background if it was the last; returns why."""
         damaged = isinstance(error, Untrusted | ImageError)
         message = error.message if isinstance(error, RelumeError) else f"{type(error).__name__}: {error}"
         if not isinstance(error, RelumeError | OSError):
-            log.error("restore of %s", checkpoint.checkpoint_id, exc_info=error)
-        health = self._shelf.restore_failed(checkpoint.checkpoint_id, message, damaged=damaged)
-        log.warning("restore of %s failed (%d): %s", checkpoint.checkpoint_id, health.failures, message)
+            log.error("restore of %s", checkpoint_id, exc_info=error)
+        health = self._shelf.restore_failed(checkpoint_id, message, damaged=damaged)
+        log.warning("restore of %s failed (%d): %s", checkpoint_id, health.failures, message)
         if health.quarantined:
             self._keep(asyncio.create_task(self._remake(build)))
-        return f"restore failed: {message}"
+        return message
 
     async def _remake(self, build: Build) -> None:
         """Make a new checkpoint from an instance nobody waits for."""
@@ -360,6 +416,8 @@ class Lifecycle:
                     instance.state = "ready"
                     self._save(instance)
                 instance.ready.set()
+            case "pager":
+                self._pager_told(instance, event["told"])
             case "failed" if instance.adopted:
                 self._keep(asyncio.create_task(self._discard(instance, "failed")))
             case "request":
@@ -367,6 +425,23 @@ class Lifecycle:
             case "exit":
                 instance.exit_code = event["exit_code"]
                 self._keep(asyncio.create_task(self._over(instance)))
+
+    def _pager_told(self, instance: Instance, told: dict[str, Any]) -> None:
+        """Memory that could not be served has ended the instance; after it was ready, another takes its place."""
+        if told["event"] != "failed":
+            return
+        log.error("paging of %s failed: %s", instance.instance_id, told["reason"])
+        instance.paging_failed = str(told["reason"])
+        if instance.ready.is_set() and instance.checkpoint_id is not None:
+            self._keep(asyncio.create_task(self._replace(instance)))
+
+    async def _replace(self, instance: Instance) -> None:
+        """A new instance in the place of one whose memory failed it."""
+        await instance.ended.wait()
+        assert instance.checkpoint_id is not None
+        self._count_failure(instance.checkpoint_id, instance.build, PagerError(instance.paging_failed))
+        started = await self.start(instance.build)
+        log.warning("%s takes the place of %s", started.instance.instance_id, instance.instance_id)
 
     async def _answer_request(self, instance: Instance, request: int) -> None:
         body = await self._checkpoint(instance)

@@ -82,7 +82,8 @@ class InstancePlaces:
 
     @property
     def criu_work(self) -> Path:
-        return self.kept / "criu"
+        """CRIU's work directory; here because the path of a unix socket has 107 bytes at most."""
+        return self.runtime / "criu"
 
     @property
     def upper(self) -> Path:

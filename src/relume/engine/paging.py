@@ -1,0 +1,93 @@
+"""The pager of one restored container, seen from its keeper: started ahead of need, given its job, heard.
+
+The pager's holder is a child of the keeper. If it ends while the instance needs it, the instance is killed:
+the holder is the last that keeps the kernel from giving zero pages (relume.pager.holder).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from relume.errors import PagerError
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+class PagerProcess:
+    """One pager. Its events (relume.pager.job) go to ``on_event``."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: Any
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer: asyncio.StreamWriter = writer
+        self._listening = asyncio.Event()
+        self._done = False
+        self._armed = False
+        self._reading: asyncio.Task[None] | None = None
+        self.on_event: OnEvent = lambda event: None
+        self.on_death: Callable[[], None] = lambda: None
+
+    @classmethod
+    async def spawn(cls) -> PagerProcess:
+        """Start one that waits for its job; Python's start and the imports are over when it is needed."""
+        ours, theirs = socket.socketpair()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "relume.pager", "--control", str(theirs.fileno())),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+            )
+        finally:
+            theirs.close()
+        reader, writer = await asyncio.open_connection(sock=ours)
+        return cls(process, reader, writer)
+
+    async def listen(self, job: dict[str, Any]) -> None:
+        """Give it its job; returns when CRIU may be started. Raises PagerError."""
+        self._armed = True
+        self._reading = asyncio.create_task(self._read())
+        self._writer.write(json.dumps(job).encode() + b"\n")
+        waits = {asyncio.create_task(self._listening.wait()), self._reading}
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+        if not self._listening.is_set():
+            raise PagerError("the pager did not come up", hint="its words are in the instance's keeper.log")
+
+    def first_answer(self) -> None:
+        """The app has answered: what it needed for that is the working set."""
+        if self._armed and not self._done:
+            self._writer.write(b'{"command": "first_answer"}\n')
+
+    async def _read(self) -> None:
+        while line := await self._reader.readline():
+            event = json.loads(line)
+            match event["event"]:
+                case "listening":
+                    self._listening.set()
+                case "filled" | "gone":
+                    self._done = True
+                case "failed":
+                    self._done = True  # the holder has killed the instance before it said so
+            self.on_event(event)
+        await self._process.wait()
+        if not self._done:
+            self.on_death()
+
+    async def close(self) -> None:
+        """End it: one that was never needed, or whose instance is gone."""
+        self._writer.close()
+        try:
+            async with asyncio.timeout(2):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+        if self._reading is not None:
+            self._reading.cancel()
