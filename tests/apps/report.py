@@ -7,7 +7,7 @@ import platform
 import sys
 from typing import Any
 
-from harness import RESULTS, ROOT, load_check, names
+from suite import RESULTS, ROOT, load_check, names
 
 PAGE = ROOT / "docs" / "compat-apps.md"
 
@@ -37,7 +37,7 @@ def _by_title(row: tuple[str, Any]) -> str:
 
 def _row(title: str, facts: dict[str, Any]) -> str:
     cells = [
-        facts.get("title", title),
+        title,
         facts.get("processes", ""),
         f"{facts['size_bytes'] / 1e6:.0f} MB" if "size_bytes" in facts else "",
         _seconds(facts.get("cold_s")),
