@@ -23,6 +23,7 @@ from pathlib import Path
 
 from relume.errors import StoreError, Untrusted
 from relume.store import faults
+from relume.store._malloc import large_buffers_kept
 from relume.store.chunks import PAGE, Chunks
 from relume.store.index import Stream
 from relume.store.upload import Progress
@@ -104,7 +105,7 @@ class RemotePages:
             if not self._stopped.is_set():
                 job()
 
-        with ThreadPoolExecutor(parallel, thread_name_prefix="pages") as pool:
+        with large_buffers_kept(), ThreadPoolExecutor(parallel, thread_name_prefix="pages") as pool:
             futures = [pool.submit(run, job) for job in jobs]
             try:
                 for future in futures:

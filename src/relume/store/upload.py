@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from relume.store._malloc import large_buffers_kept
 from relume.store.chunks import PAGE, Chunks, Splitter
 from relume.store.index import ChunkRef, Stream
 
@@ -99,7 +100,7 @@ def upload_streams(
     `check` is called before each chunk, to end a superseded upload by raising. Raises StoreError, OSError.
     """
     uploader = _Uploader(chunks, limits, progress, check)
-    with ThreadPoolExecutor(limits.parallel, thread_name_prefix="upload") as pool:
+    with large_buffers_kept(), ThreadPoolExecutor(limits.parallel, thread_name_prefix="upload") as pool:
         streams = []
         for name, path in sources:
             with path.open("rb") as file:
