@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -54,11 +55,12 @@ class Log:
         fresh: list[int] = []
         try:
             for path in paths:
-                fresh.append(_opened(_beside(path, ".new"), os.O_TRUNC))
+                fresh.append(_opened(_beside(path, ".new"), os.O_TRUNC))  # noqa: PERF401 - to close what there is
             for path in paths:
-                path.replace(_beside(path, ".1"))
+                with contextlib.suppress(FileNotFoundError):  # somebody removed it
+                    path.replace(_beside(path, ".1"))
                 _beside(path, ".new").replace(path)
-        except OSError:  # no room for another file, or somebody removed ours: go on in the old one
+        except OSError:  # no room for another file: go on in the old one
             for descriptor in fresh:
                 os.close(descriptor)
             return data[end:]
