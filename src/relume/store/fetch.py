@@ -7,6 +7,7 @@ CRIU runs. The working set and the rest come through `RemotePages` while it does
 from __future__ import annotations
 
 import logging
+import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,14 @@ from relume.store.names import CheckpointName
 from relume.store.objects import Objects
 from relume.store.pages import RemotePages
 from relume.store.publish import FILES_STREAM
-from relume.store.working_set import WorkingSet, find_working_set
+from relume.store.working_set import WorkingSet, find_working_set, open_working_set
 
 log = logging.getLogger(__name__)
 
 HELD = "held"
 _MANIFEST = "manifest.sealed"
 _INDEX = "index.sealed"
+_WORKING_SET = ".working-set.sealed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ def _open(objects: Objects, keyring: Keyring, cache: Cache, name: CheckpointName
     manifest, data_key, chunks = _open_manifest(objects, keyring, name, sealed)
     streams = tuple(s for s in _streams(manifest, data_key, name, sealed_index) if s.name != FILES_STREAM)
     complete = cache.is_complete(pin.directory)
-    working_set = None if complete else _working_set(objects, keyring, name, streams)
+    working_set = None if complete else _working_set(objects, keyring, name, streams, pin.directory)
     pages = RemotePages(pin.directory / IMAGES, streams, chunks, working_set)
     return Fetched(manifest, pin.directory, pages, complete, pin)
 
@@ -157,11 +159,24 @@ def _streams(
 
 
 def _working_set(
-    objects: Objects, keyring: Keyring, name: CheckpointName, streams: tuple[index.Stream, ...]
+    objects: Objects,
+    keyring: Keyring,
+    name: CheckpointName,
+    streams: tuple[index.Stream, ...],
+    directory: Path,
 ) -> WorkingSet | None:
-    """A checkpoint without a usable working set starts later, and right."""
+    """The list that was fetched before, else the newest. Without a usable one a start takes longer, and is right."""
     try:
-        return find_working_set(objects, keyring, name, streams)
-    except StoreError as error:
+        if kept := sorted(directory.glob(f"*{_WORKING_SET}")):
+            number, sealed = int(kept[0].name.removesuffix(_WORKING_SET)), kept[0].read_bytes()
+        elif (found := find_working_set(objects, name)) is not None:
+            number, sealed = found
+            beside = directory / f".{number}-{secrets.token_hex(4)}"
+            beside.write_bytes(sealed)
+            beside.rename(directory / f"{number}{_WORKING_SET}")
+        else:
+            return None
+        return open_working_set(objects, keyring, name, number, sealed, streams)
+    except (StoreError, OSError, ValueError) as error:
         log.warning("no working set for %s: %s", name.id, error)
         return None

@@ -21,6 +21,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from blake3 import blake3
+
 from relume.errors import StoreError, Untrusted
 from relume.store import faults
 from relume.store._malloc import large_buffers_kept
@@ -156,6 +158,8 @@ class RemotePages:
     def _fetch_part(self, part: int) -> None:
         """A part that cannot be had is left out: chunks have its pages too, and are verified by themselves."""
         assert self.working_set is not None
+        if self._find_part_on_disk(part):
+            return
         try:
             pages = memoryview(self.working_set.fetch(part))
         except StoreError as error:
@@ -167,6 +171,22 @@ class RemotePages:
             size = run.pages * PAGE
             self._files[run.stream].write_run(run.first, pages[at : at + size])
             at += size
+
+    def _find_part_on_disk(self, part: int) -> bool:
+        """Did another process, or this node before a restart, fetch this part?"""
+        assert self.working_set is not None
+        runs = [(self._files[run.stream], run.first, run.pages) for run in self.working_set.runs(part)]
+        for file, first, count in reversed(runs):
+            if (page := file.missing(first, count)) >= 0 and file.read(page, 1) == _ZERO:
+                return False
+        digest = blake3()
+        for file, first, count in runs:
+            digest.update(file.read(first, count))
+        if digest.hexdigest() != self.working_set.parts[part].pages_blake3:
+            return False
+        for file, first, count in runs:
+            file.mark(first, count)
+        return True
 
     def _part_of(self, stream: str, page: int) -> int | None:
         firsts, runs = self._parts.get(stream, ([], []))
@@ -205,16 +225,18 @@ class _File:
     def find_on_disk(self, ordinal: int, is_right: Callable[[bytes], bool]) -> bool:
         """Is the chunk in the file already, from another process or before a restart?"""
         extents = list(self.stream.extents(ordinal))
-        if os.pread(self.fd, PAGE, extents[-1].page * PAGE).ljust(PAGE, b"\0") == _ZERO:
+        if self.read(extents[-1].page, 1) == _ZERO:
             return False  # stored pages are never zero: this one has not come
-        pages = b"".join(
-            os.pread(self.fd, e.pages * PAGE, e.page * PAGE).ljust(e.pages * PAGE, b"\0") for e in extents
-        )
+        pages = b"".join(self.read(extent.page, extent.pages) for extent in extents)
         if not is_right(pages):
             return False
         for extent in extents:
-            self._mark(extent.page, extent.pages)
+            self.mark(extent.page, extent.pages)
         return True
+
+    def read(self, first: int, count: int) -> bytes:
+        """What lies on the disk, right or not, padded to whole pages."""
+        return os.pread(self.fd, count * PAGE, first * PAGE).ljust(count * PAGE, b"\0")
 
     def write(self, ordinal: int, pages: bytes) -> None:
         view = memoryview(pages)
@@ -229,7 +251,7 @@ class _File:
             stop = self._present.find(1, missing, first + end)
             until = end if stop < 0 else stop - first
             self._write(missing * PAGE, pages[at * PAGE : until * PAGE])
-            self._mark(missing, until - at)
+            self.mark(missing, until - at)
             at = until
 
     def _write(self, offset: int, data: memoryview) -> None:
@@ -238,7 +260,8 @@ class _File:
             written = os.pwrite(self.fd, data, offset)
             data, offset = data[written:], offset + written
 
-    def _mark(self, first: int, count: int) -> None:
+    def mark(self, first: int, count: int) -> None:
+        """Call these pages present: the caller has verified them."""
         self._present[first : first + count] = b"\1" * count
 
 

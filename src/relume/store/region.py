@@ -130,6 +130,14 @@ class Region:
         """The rest behind the first answer; True when the next start is local."""
         return fill(fetched, self.cache, parallel)
 
+    def prefetch(self, name: CheckpointName) -> None:
+        """Fetch what a start begins with, and the working set: the first start is then local up to its first answer."""
+        fetched = self.fetch(name)
+        try:
+            fetched.pages.prefetch()
+        finally:
+            fetched.close()
+
     def pull(self, name: CheckpointName) -> None:
         """Fetch all of a checkpoint into the cache."""
         fetched = self.fetch(name)

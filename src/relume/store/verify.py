@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from relume.errors import ObjectMissing, StoreError, Untrusted
+from relume.errors import ObjectMissing, Untrusted
 from relume.store import index
 from relume.store.chunks import Chunks, Tenant
 from relume.store.envelope import Kind, unseal
@@ -13,7 +13,7 @@ from relume.store.keys import Keyring
 from relume.store.manifest import read_manifest
 from relume.store.names import CheckpointName
 from relume.store.objects import Objects
-from relume.store.working_set import find_working_set
+from relume.store.working_set import find_working_set, open_working_set
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,11 @@ def verify(objects: Objects, keyring: Keyring, name: CheckpointName, *, parallel
         problems += filter(None, pool.map(check, refs.values()))
     count += len(refs)
     try:
-        working_set = find_working_set(objects, keyring, name, streams)
-        for part in range(len(working_set.parts) if working_set else 0):
-            assert working_set is not None
-            working_set.fetch(part)
-            count += 1
+        if (found := find_working_set(objects, name)) is not None:
+            working_set = open_working_set(objects, keyring, name, *found, streams)
+            for part in range(len(working_set.parts)):
+                working_set.fetch(part)
+            count += 1 + len(working_set.parts)
     except (Untrusted, ObjectMissing) as error:
-        problems.append(str(error))
-    except StoreError as error:
         problems.append(str(error))
     return Verdict(name, count, objects.counters.bytes_read - before, tuple(problems))

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from blake3 import blake3
 from pydantic import Field
 
 from relume.errors import ObjectMissing, StoreError, Untrusted
 from relume.store import faults
 from relume.store.chunks import PAGE
-from relume.store.envelope import Kind, new_data_key, seal, seal_signed, unseal
+from relume.store.envelope import Kind, new_data_key, seal, seal_signed, stored_limit, unseal, unseal_signed
 from relume.store.index import Stream
 from relume.store.keys import Keyring
-from relume.store.manifest import Count, ObjectRef, Record, Text, read_signed
+from relume.store.manifest import Count, Digest, ObjectRef, Record, Text, parse
 from relume.store.names import CheckpointName
 from relume.store.objects import Objects
 
@@ -40,9 +41,13 @@ class PageRun:
 
 
 class Part(Record):
-    """One object: the pages of `runs` (stream ordinal, first page, pages), one after the other."""
+    """One object: the pages of `runs` (stream ordinal, first page, pages), one after the other.
+
+    `pages_blake3` is of the plain pages, so that they are recognised on a disk, where nobody has to be believed.
+    """
 
     ref: ObjectRef
+    pages_blake3: Digest
     runs: tuple[tuple[Count, Count, Count], ...] = Field(strict=False)
 
     @property
@@ -121,12 +126,13 @@ def publish_working_set(
         def send(numbered: tuple[int, list[PageRun]], prefix: str = prefix, key: bytes = data_key) -> Part:
             ordinal, piece = numbered
             part_name = f"{prefix}/{ordinal}"
-            sealed = seal(key, Kind.WORKING_SET_PART, part_name, b"".join(map(read, piece)))
+            pages = b"".join(map(read, piece))
+            sealed = seal(key, Kind.WORKING_SET_PART, part_name, pages)
             if not objects.create(part_name, sealed):
                 raise _Taken
             faults.point("working_set.part")
             placed = tuple((streams.index(run.stream), run.first, run.pages) for run in piece)
-            return Part(ref=ObjectRef.of(sealed), runs=placed)
+            return Part(ref=ObjectRef.of(sealed), pages_blake3=blake3(pages).hexdigest(), runs=placed)
 
         try:
             with ThreadPoolExecutor(parallel, thread_name_prefix="working-set") as pool:
@@ -153,19 +159,30 @@ def publish_working_set(
     )
 
 
-def find_working_set(
-    objects: Objects, keyring: Keyring, name: CheckpointName, streams: tuple[Stream, ...]
-) -> WorkingSet | None:
-    """The newest working set whose list is there. Raises Untrusted for a bad one, StoreError."""
+def find_working_set(objects: Objects, name: CheckpointName) -> tuple[int, bytes] | None:
+    """The newest working set whose list is there: its number and the sealed list. Raises StoreError."""
     numbers = [number for number, last in _listed(objects, name) if last == "list"]
     if not numbers:
         return None
-    number = max(numbers)
-    where = f"{name.working_sets}/{number}/list"
+    where = f"{name.working_sets}/{max(numbers)}/list"
     try:
-        listing, opened = read_signed(objects, keyring, Kind.WORKING_SET_LIST, where, WorkingSetList)
+        return max(numbers), bytes(objects.get(where, limit=stored_limit(Kind.WORKING_SET_LIST)))
     except ObjectMissing:
-        return None
+        return None  # collected between the two requests
+
+
+def open_working_set(
+    objects: Objects,
+    keyring: Keyring,
+    name: CheckpointName,
+    number: int,
+    sealed: bytes,
+    streams: tuple[Stream, ...],
+) -> WorkingSet:
+    """Raises Untrusted unless `sealed` is the signed list `number` of this checkpoint, and names only pages it has."""
+    where = f"{name.working_sets}/{number}/list"
+    opened = unseal_signed(keyring, Kind.WORKING_SET_LIST, where, sealed)
+    listing = parse(opened.body, WorkingSetList, where)
     said = (listing.build, listing.platform, listing.generation, listing.number)
     if said != (name.build, name.platform, name.generation, number):
         raise Untrusted(f"{where} is the working set of another checkpoint")

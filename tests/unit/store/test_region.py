@@ -209,7 +209,9 @@ def test_a_bad_working_set_costs_time_only(node: Nodes, checkpoint: LocalCheckpo
     manifest = a.manifest(published(a, checkpoint))
     a.publish_working_set(manifest, [PageRun("pages-1.img", 1, 600)], checkpoint.images)
     part = tmp_path / "store" / manifest.name.working_sets / "1" / "0"
-    part.write_bytes(part.read_bytes()[:-1] + b"\0")
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
     fetched = b.fetch(manifest.name)
     fetched.pages.prefetch()
     fetched.pages.ensure("pages-1.img", 1, 600)
@@ -302,3 +304,31 @@ def test_a_store_that_is_gone_is_a_clear_error(
     (tmp_path / "store").write_text("in the way")
     with pytest.raises(StoreError):
         a.publish(lease, checkpoint)
+
+
+def test_a_prefetched_working_set_needs_no_store(
+    node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path
+) -> None:
+    """Another process (the pager) recognises on the disk what the node fetched, and does not believe what it finds."""
+    a = node("a")
+    manifest = a.manifest(published(a, checkpoint))
+    runs = [PageRun("pages-2.img", 5, 20), PageRun("pages-1.img", 1, 600)]
+    a.publish_working_set(manifest, runs, checkpoint.images)
+    node("b").prefetch(manifest.name)
+    (tmp_path / "store").rename(tmp_path / "away")
+    fetched = node("b").fetch(manifest.name)
+    for run in runs:
+        fetched.pages.ensure(run.stream, run.first, run.pages)
+    fetched.close()
+    image = fetched.images / "pages-2.img"
+    data = bytearray(image.read_bytes())
+    data[6 * PAGE] ^= 1
+    image.write_bytes(data)
+    fetched = node("b").fetch(manifest.name)
+    with pytest.raises(StoreError):
+        fetched.pages.ensure("pages-2.img", 6, 1)
+    fetched.close()
+    (tmp_path / "store").rmdir()
+    (tmp_path / "away").rename(tmp_path / "store")
+    node("b").pull(manifest.name)
+    assert same_pages(fetched.images, checkpoint)
