@@ -17,7 +17,7 @@ from relume.pager import room, working_set
 from relume.pager.ranges import Range
 from relume.pager.source import PageSource
 from relume.pager.space import AddressSpace, Served
-from relume.pager.working_set import Piece
+from relume.pager.working_set import BLOCK_BYTES, Piece
 
 STEP_BYTES = 2 << 20
 SMALL_STEP_BYTES = 256 << 10
@@ -25,6 +25,10 @@ SMALL_STEP_BYTES = 256 << 10
 
 FAULT_SECONDS = 0.003
 """How long after a fault more are expected."""
+
+_READS_AHEAD = 16
+_READS_AHEAD_OF_CRIU = 3
+"""Blocks asked of the disk before they are waited for, when it is ours alone and while CRIU needs it too."""
 
 _RETRIES = 200
 _RETRY_SECONDS = 0.0005
@@ -55,8 +59,10 @@ class Pace:
 class Replay:
     """Brings the blocks of a working set in, in order, from several threads.
 
-    ``prefetch`` reads ahead of need from the disk as soon as it is started; ``start`` begins the copying, to be
-    called when CRIU is done (before that the memory is not registered, and copies answer ENOENT).
+    ``prepare`` maps, verifies and where need be reads the contents ahead of need: it takes the time that CRIU
+    takes anyway. ``start`` begins the copying, to be called once the first process is known. Memory takes pages
+    as soon as CRIU's restorer has registered it, which is some time before CRIU is done; until then copies
+    answer ENOENT and are tried again.
     """
 
     def __init__(
@@ -72,7 +78,15 @@ class Replay:
         self.blocks = [block for number, block in enumerate(blocks) if number not in kept_back]
         self.copied = 0
         self.seconds = 0.0
+        """From the first page that could be given to the last."""
+        self.ahead = 0
+        """Bytes given before CRIU was done."""
         self.finished = False
+        self.all_named = False
+        """To be set once CRIU is done: no more processes will come."""
+        self._planned = {
+            (piece.pages_id, piece.offset // BLOCK_BYTES) for block in self.blocks for piece in block
+        }
         self._queue = deque(self.blocks)
         self._threads = threads
         self._pace = pace
@@ -82,16 +96,21 @@ class Replay:
         self._running = 0
         self._began = 0.0
 
-    def prefetch(self, sources: Mapping[int, PageSource]) -> None:
-        """Starts reading what the page cache lacks, in the order of the replay. ``sources`` by pages_id."""
-        self._spawn("prefetch", lambda: self._prefetch(sources))
+    def prepare(self, sources: Mapping[int, PageSource]) -> None:
+        """Starts mapping and reading, in the order of the replay. ``sources`` by pages_id."""
+        self._spawn("prepare", lambda: self._load(sources))
 
-    def start(self, spaces: dict[int, AddressSpace]) -> None:
-        """Starts the threads. ``spaces`` by pages_id."""
-        self._began = time.monotonic()
+    def start(self, space_of: Callable[[int], AddressSpace | None]) -> None:
+        """Starts the threads; ``space_of`` gives the process of a pages_id, None while CRIU has not named it."""
+        if self._running:
+            return
         self._running = self._threads
         for number in range(self._threads):
-            self._spawn(f"replay-{number}", lambda: self._work(spaces))
+            self._spawn(f"replay-{number}", lambda: self._work(space_of))
+
+    def planned(self, pages_id: int, offset: int) -> bool:
+        """Whether the block at ``offset`` is part of this replay and it is still under way."""
+        return not self.finished and (pages_id, offset // BLOCK_BYTES) in self._planned
 
     def _spawn(self, name: str, work: Callable[[], None]) -> None:
         def run() -> None:
@@ -102,30 +121,44 @@ class Replay:
 
         threading.Thread(target=run, name=name, daemon=True).start()
 
-    def _prefetch(self, sources: Mapping[int, PageSource]) -> None:
-        for block in self.blocks:
-            for piece in block:
-                source = sources.get(piece.pages_id)
-                if source and not source.ready(piece.offset, piece.length):
-                    source.prefetch(piece.offset, piece.length)
+    def _load(self, sources: Mapping[int, PageSource]) -> None:
+        pieces = [piece for piece in itertools.chain.from_iterable(self.blocks) if piece.pages_id in sources]
+        ahead = 0
+        for position, piece in enumerate(pieces):
+            # While CRIU reads its images from the same disk, each of its small reads waits for what we queued.
+            depth = _READS_AHEAD if self.all_named else _READS_AHEAD_OF_CRIU
+            while ahead < min(position + depth, len(pieces)):
+                sources[pieces[ahead].pages_id].prefetch(pieces[ahead].offset, pieces[ahead].length)
+                ahead += 1
+            if not self._queue:
+                return  # the copying has caught up: it loads for itself
+            sources[piece.pages_id].load(piece.offset, piece.length)
 
-    def _work(self, spaces: dict[int, AddressSpace]) -> None:
-        copied = 0
+    def _work(self, space_of: Callable[[int], AddressSpace | None]) -> None:
+        copied = ahead = 0
         while True:
             try:
                 block = self._queue.popleft()
             except IndexError:
                 break
             for piece in block:
-                if (space := spaces.get(piece.pages_id)) and not space.dead:
-                    for part in space.locate(piece.offset, piece.length):
-                        copied += bring(space, part, self._pace)
+                while (space := space_of(piece.pages_id)) is None and not self.all_named:
+                    time.sleep(_RETRY_SECONDS)
+                if space is None or space.dead:
+                    continue
+                for part in space.locate(piece.offset, piece.length):
+                    done = bring(space, part, self._pace)
+                    copied += done
+                    ahead += 0 if space.restored else done
+                    if done and not self._began:
+                        self._began = time.monotonic()
         with self._lock:
             self.copied += copied
+            self.ahead += ahead
             self._running -= 1
             last = self._running == 0
         if last:
-            self.seconds = time.monotonic() - self._began
+            self.seconds = time.monotonic() - self._began if self._began else 0.0
             self.finished = True
             self._done(self)
 
@@ -140,7 +173,7 @@ def bring(space: AddressSpace, wanted: Range, pace: Pace) -> int:
         outcome, done = space.bring(part)
         copied += done
         if outcome is Served.LATER and retries < _RETRIES:
-            retries += 1
+            retries += space.restored
             time.sleep(_RETRY_SECONDS)
             continue
         position = part.end

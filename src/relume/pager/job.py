@@ -6,7 +6,7 @@ instance and ends). From it, each with ``"seconds"`` since the job came:
 
 ``listening``  CRIU may be started
 ``restored``   CRIU is done, the app runs
-``replayed``   ``bytes``, ``copy_seconds``, ``blocks``, ``withheld``: the working set is in
+``replayed``   ``bytes``, ``copy_seconds``, ``ahead`` (bytes given before ``restored``), ``blocks``, ``withheld``
 ``recorded``   ``bytes``, ``pieces``, ``missed``, ``path``: what was learned is on disk
 ``filled``     ``processes`` (how many), their counters added up, ``hashed_bytes``: nothing is left, the pager ends
 ``gone``       the same facts, when all processes ended before that; the pager ends

@@ -84,6 +84,7 @@ class Pager:
             self._watch(self._control, self._command)
         self._emit("listening")
         self._open_images()
+        self._read_for_criu()
         self._prepare_replay()
         # Needed before CRIU is done: its restorer touches the memory it has just registered.
         for number in range(_DEMAND_THREADS):
@@ -118,6 +119,18 @@ class Pager:
                     Range(start, end, start) for start, end in read_wiped_on_fork(self._job.images, task.pid)
                 )
 
+    def _read_for_criu(self) -> None:
+        """Asks the disk for what CRIU reads itself, all at once: it asks one after the other."""
+        for path in self._job.images.glob("*.img"):
+            if not path.name.startswith("pages-"):
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                os.close(descriptor)
+        for pid, source in self._sources.items():
+            for extent in self._pagemaps[pid].extents:
+                if not extent.lazy:
+                    source.prefetch(extent.offset, extent.length)
+
     def _prepare_replay(self) -> None:
         if self._job.working_set is None:
             return
@@ -133,7 +146,7 @@ class Pager:
         self._replay = background.Replay(
             blocks, kept_back, self._job.threads, self._pace, self._replayed, self._fail
         )
-        self._replay.prefetch(
+        self._replay.prepare(
             {_pages_id(self._pagemaps[pid]): source for pid, source in self._sources.items()}
         )
 
@@ -182,15 +195,18 @@ class Pager:
             on_copy=self._copied,
             restored=False,
         )
-        self._by_pages[space.pages_id] = space
         self._watch_space(space)
+        self._by_pages[space.pages_id] = space
+        if self._replay:
+            space.expected = self._replay.planned
+            self._replay.start(self._by_pages.get)
 
     def _restored(self) -> None:
         self._restored_at = time.monotonic()
         for space in self._spaces:
             space.restored = True
         if self._replay:
-            self._replay.start(self._by_pages)
+            self._replay.all_named = True
         self._emit("restored", lazy_bytes=sum(space.pending.total for space in self._spaces))
         if not self._job.await_answer:
             self._recording = self._job.record is not None
@@ -241,6 +257,7 @@ class Pager:
             "replayed",
             bytes=replay.copied,
             copy_seconds=round(replay.seconds, 6),
+            ahead=replay.ahead,
             blocks=len(replay.blocks),
             withheld=sum(piece.length for piece in replay.kept_back),
         )
