@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import logging
 import shutil
 import time
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 
 _HEADROOM = 64 << 20
 """Bytes to be left free on the disk after the dump, and of memory during it."""
+
+_PAUSES_WHEN_BUSY = (0.2, 1.0)
+"""Seconds before another try when the dump failed for something transient, e.g. a client not yet accepted."""
 
 _SLOWEST_DISK = 50e6
 """Bytes per second below which a dump is given up: the app stands still for as long as it takes."""
@@ -139,20 +143,30 @@ class Capturer:
         looked = await asyncio.to_thread(self._look, subject)
         if isinstance(looked, dict):
             return looked
+        for pause in _PAUSES_WHEN_BUSY:
+            answer, busy = await self._try(subject, looked)
+            if not busy:
+                return answer
+            await asyncio.sleep(pause)  # the app runs meanwhile, and gets out of what the dump found it in
+        answer, _ = await self._try(subject, looked)
+        return answer
+
+    async def _try(self, subject: Subject, expected: int) -> tuple[dict[str, Any], bool]:
+        """One dump: the answer, and whether it failed for something that passes by itself."""
         directory, intent = self._shelf.begin(
             instance_id=subject.instance_id, app=subject.app, build_id=subject.build_id, now=time.time()
         )
         try:
-            result = await subject.keeper.dump(self._job(subject, intent, directory, looked))
-            return await self._finish(subject, intent, result)
+            result = await subject.keeper.dump(self._job(subject, intent, directory, expected))
+            busy = bool(result.error) and criulog.explain(directory / "work" / "dump.log").kind == "busy"
+            return await self._finish(subject, intent, result), busy
         except RelumeError as error:
             self._shelf.abandon(intent.dump_id)
-            return _answer(subject, "failed", "engine", message=error.message)
+            return _answer(subject, "failed", "engine", message=error.message), False
         except OSError as error:
             self._shelf.abandon(intent.dump_id)
-            return _answer(
-                subject, "failed", "insufficient_disk" if error.errno == 28 else "engine", message=str(error)
-            )
+            reason = "insufficient_disk" if error.errno == errno.ENOSPC else "engine"
+            return _answer(subject, "failed", reason, message=str(error)), False
         except asyncio.CancelledError:
             raise  # the node is going; the next one finishes it
         except BaseException:
@@ -236,7 +250,7 @@ class Capturer:
     def _complete(self, subject: Subject, intent: Intent, result: DumpResult, directory: Path) -> Checkpoint:
         started = time.monotonic()
         images = directory / "images"
-        edit.prepare_images(images, loopback=subject.loopback)
+        edited_images = edit.prepare_images(images, loopback=subject.loopback)
         edited = time.monotonic()
         integrity.record(images)
         hashed = time.monotonic()
@@ -251,6 +265,7 @@ class Capturer:
             platform=self._platform,
             created_at=time.time(),
             size_bytes=size_of(images) + size_of(directory / "held"),
+            needs_network=edited_images.needs_network,
             lazy_bytes=sum(lazy_bytes(images).values()),
             frozen_s=times.frozen_us / 1e6,
             timings={
@@ -280,7 +295,9 @@ class Capturer:
         log.warning("dump of %s failed: %s (%s)", subject.instance_id, result.error, verdict.reason)
         if verdict.culprits:
             return _unsupported(subject, [dataclasses.asdict(culprit) for culprit in verdict.culprits])
-        reason = "insufficient_disk" if _free(self._shelf) < _HEADROOM else "engine"
+        reason = {"disk": "insufficient_disk", "memory": "insufficient_memory"}.get(verdict.kind, "engine")
+        if result.no_space:
+            reason = "insufficient_disk"
         return _answer(subject, "failed", reason, message=verdict.reason or result.error)
 
 

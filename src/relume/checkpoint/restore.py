@@ -107,4 +107,5 @@ class Restoration:
             work=str(work),
             options=options.for_restore(loopback=self.checkpoint.loopback),
             pager=pager,
+            needs_network=self.checkpoint.needs_network,
         )

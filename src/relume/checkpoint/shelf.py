@@ -36,6 +36,8 @@ class Checkpoint:
     platform: Platform
     created_at: float
     size_bytes: int
+    needs_network: bool
+    """Some socket that stays is bound or connected beyond loopback: eth0 must be there before it is restored."""
     lazy_bytes: int
     """What all processes together have in pages that can come on demand, in bytes; shared ones count for each."""
     frozen_s: float
@@ -121,10 +123,11 @@ class Shelf:
         directory = self.making(dump_id)
         _close_to_others(directory / "images")
         (directory / "checkpoint.json").write_text(json.dumps(dataclasses.asdict(checkpoint)))
-        (directory / "intent.json").unlink()
         _sync_tree(directory)
-        directory.rename(self.directory(checkpoint.checkpoint_id))
+        published = self.directory(checkpoint.checkpoint_id)
+        directory.rename(published)
         _sync(self.root)
+        (published / "intent.json").unlink(missing_ok=True)  # of no use any more, and of no harm
 
     # --- finding ----------------------------------------------------------------------------------
 

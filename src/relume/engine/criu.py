@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -34,6 +35,10 @@ _INTERRUPT_ONLY = "137"
 interrupt-only mode, which its CUDA plugin uses). With the v1 freezer, a task that is also stopped by SIGSTOP
 hangs the dump for ever in the kernel's ptrace_attach."""
 
+_ALONE = ("unshare", "--mount", "--propagation", "private", "--")
+"""runc and CRIU get a mount namespace of their own: CRIU mounts cgroup hierarchies for a moment (its cgyard),
+and a runc that boots another container at that moment would find them and fail."""
+
 
 class Criu:
     """The engine's hold on one container."""
@@ -57,6 +62,8 @@ class Criu:
         self.pager: PagerProcess | None = None
         self.network: Network | None = None
         self.pid = 0
+        self.owner = 0
+        """The host id of root inside: it gets the pipes of stdio, so that /dev/stderr can be opened again."""
         self.timeline: dict[str, float] = {}
 
     async def warm_up(self) -> None:
@@ -79,7 +86,7 @@ class Criu:
             arguments.append("--lazy-pages")
         else:
             await self._drop_pager()
-        return await self._bring_up(arguments, wait_for_way_out=False)
+        return await self._bring_up(arguments, wait_for_way_out=job.needs_network)
 
     async def _page(self, job: dict[str, Any]) -> None:
         await self.warm_up()
@@ -100,9 +107,10 @@ class Criu:
     async def _bring_up(self, arguments: list[str], *, wait_for_way_out: bool) -> int:
         pid_file = self._directory / "pid"
         log = self._directory / "runc.log"
-        self._stdio = Stdio(self._sink)
+        self._stdio = Stdio(self._sink, owner=self.owner)
         self._mark("runc_started")
         command = await asyncio.create_subprocess_exec(
+            *_ALONE,
             *self._runc.argv(
                 *arguments,
                 *("--bundle", str(self._directory / "bundle"), "--pid-file", str(pid_file)),
@@ -160,6 +168,7 @@ class Criu:
             gate.write_action_script("post-dump")
             (self._directory / "criu.conf").write_text(job.options)
             command = await asyncio.create_subprocess_exec(
+                *_ALONE,
                 *self._runc.argv(
                     *("checkpoint", "--leave-running", "--image-path", job.images, "--work-path", job.work),
                     *("--empty-ns", "network", self._container.instance_id),
@@ -231,7 +240,8 @@ class Criu:
             )
         if code != 0:
             error = _last_error(Path(job.work) / "runc.log") or f"runc checkpoint ended with status {code}"
-            return DumpResult(job.dump_id, error=error, app_gone=gone, seconds=seconds)
+            no_space = isinstance(copied, OSError) and copied.errno == errno.ENOSPC
+            return DumpResult(job.dump_id, error=error, no_space=no_space, app_gone=gone, seconds=seconds)
         if isinstance(copied, BaseException):
             return DumpResult(job.dump_id, error=f"copying held files: {copied}", app_gone=gone)
         report, copy_seconds = copied

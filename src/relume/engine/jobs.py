@@ -35,6 +35,8 @@ class RestoreJob:
     work: str
     options: str
     pager: dict[str, Any] | None = None
+    needs_network: bool = False
+    """Whether the way out must be there before the sockets are restored."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class DumpResult:
 
     dump_id: str
     error: str = ""
+    no_space: bool = False
+    """A file could not be copied for want of disk."""
     seconds: float = 0.0
     copy_seconds: float = 0.0
     held: dict[str, Any] = dataclasses.field(default_factory=dict)

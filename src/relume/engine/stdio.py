@@ -18,8 +18,10 @@ _PIECE = 64 * 1024
 class Stdio:
     """Two pipes; what arrives goes to ``sink(data, stream)`` with stream "out" or "err"."""
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, *, owner: int) -> None:
+        """``owner`` is the host id of the container's root: /dev/stdout and /dev/stderr are opened by name."""
         self._sink = sink
+        self._owner = owner
         self._open: set[int] = set()
         self._ended = asyncio.Event()
         self.out = self._pipe("out")
@@ -28,6 +30,7 @@ class Stdio:
     def _pipe(self, stream: str) -> int:
         reader, writer = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(reader, False)
+        os.fchown(writer, self._owner, self._owner)
         self._open.add(reader)
         asyncio.get_running_loop().add_reader(reader, self._read, reader, stream)
         return writer

@@ -45,6 +45,7 @@ class Assignment:
     log: str
     log_limit: int
     exit_file: str
+    id_base: int
     first_line: str = ""
 
 
@@ -81,6 +82,7 @@ class Instance:
         self._log = Log(Path(assignment.log), limit=assignment.log_limit)
         if assignment.first_line:
             self._log.write(assignment.first_line.encode() + b"\n", RELUME)
+        self._engine.owner = assignment.id_base
         await self.published.open()
         self.phase = "assigned"
         return self.published.port

@@ -8,31 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from urllib.parse import quote
 
 import h11
 
 _FIRST_PAUSE = 0.002
 _LONGEST_PAUSE = 0.25
+_GROWTH = 1.3
 _PATIENCE = 5.0
+_IN_URLS = "%/:?#[]@!$&'()*+,;="  # RFC 3986's reserved characters, and what is encoded already
 
 
 class Pause:
-    """Doubling pauses between tries: quick at first, where a restored instance answers, then polite."""
+    """Growing pauses between tries: quick at first, where a restored instance answers, then polite."""
 
     def __init__(self) -> None:
         self._next = _FIRST_PAUSE
 
     async def __call__(self) -> None:
         await asyncio.sleep(self._next)
-        self._next = min(self._next * 1.3, _LONGEST_PAUSE)
+        self._next = min(self._next * _GROWTH, _LONGEST_PAUSE)
 
 
 async def answers(connection: socket.socket, endpoint: str, host: str) -> bool:
-    """Whether ``GET endpoint`` over the connected socket answers 2xx within 5 s. Closes the socket."""
+    """Whether ``GET endpoint`` over the connected socket answers 2xx within 5 s. Closes the socket.
+
+    What a URL cannot hold (a space, an umlaut) is percent-encoded, as any client would.
+    """
     try:
         async with asyncio.timeout(_PATIENCE):
             return 200 <= await _status(connection, endpoint, host) < 300
-    except (OSError, TimeoutError, h11.RemoteProtocolError):
+    except (OSError, h11.RemoteProtocolError):
         return False
     finally:
         connection.close()
@@ -42,7 +48,7 @@ async def _status(connection: socket.socket, endpoint: str, host: str) -> int:
     loop = asyncio.get_running_loop()
     http = h11.Connection(h11.CLIENT)
     headers = [("host", host), ("user-agent", "relume-probe"), ("connection", "close")]
-    request = h11.Request(method="GET", target=endpoint, headers=headers)
+    request = h11.Request(method="GET", target=quote(endpoint, safe=_IN_URLS), headers=headers)
     await loop.sock_sendall(connection, (http.send(request) or b"") + (http.send(h11.EndOfMessage()) or b""))
     while True:
         event = http.next_event()

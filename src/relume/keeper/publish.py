@@ -7,7 +7,9 @@ dump finds it (and the copy would lose it). The client just waits that moment.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import struct
 from collections.abc import Awaitable, Callable
 
 _PIECE = 256 * 1024
@@ -41,33 +43,42 @@ class PublishedPort:
         self._running.set()
 
     async def close(self) -> None:
+        """Stop listening and reset every connection."""
         if self._server is not None:
             self._server.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A task of our own: asyncio 3.11 reports the cancellation of the one it would make as an error.
+        task = asyncio.create_task(self._serve(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_writer: asyncio.StreamWriter | None = None
         try:
             await self._running.wait()
             inner = await self._dial()
-            inner_reader, inner_writer = await asyncio.open_connection(sock=inner, limit=_PIECE)
-        except OSError:
-            writer.transport.abort()  # nobody listens inside: the client gets a reset, as it would without us
-            return
-        try:
+            try:
+                inner_reader, inner_writer = await asyncio.open_connection(sock=inner, limit=_PIECE)
+            except BaseException:
+                inner.close()
+                raise
             await asyncio.gather(
                 self._stream(reader, inner_writer, None),
                 self._stream(inner_reader, writer, self._on_response),
             )
-        except OSError:
-            writer.transport.abort()
-            inner_writer.transport.abort()
-        finally:
+        except BaseException as error:
+            # Nobody listens inside, a reset on either side, or the end: both sides hear of it as they would
+            # without us. (An orderly end would make half an answer look whole.)
+            _reset(writer)
+            if inner_writer is not None:
+                _reset(inner_writer)
+            if not isinstance(error, OSError):
+                raise
+        else:
             writer.close()
             inner_writer.close()
 
@@ -85,3 +96,11 @@ class PublishedPort:
             await sink.drain()
         if sink.can_write_eof():
             sink.write_eof()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Close with a reset: no lingering (socket(7), SO_LINGER) is what makes close(2) send one."""
+    with contextlib.suppress(OSError):  # closed already
+        linger = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    writer.transport.abort()

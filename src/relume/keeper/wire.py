@@ -15,15 +15,13 @@ LINE_LIMIT = 16 * 1024 * 1024
 
 
 async def receive(reader: asyncio.StreamReader) -> dict[str, Any] | None:
-    """The next message, or None at the end of the connection."""
+    """The next message, or None at the end of the connection; half a message or nonsense is an end, too."""
     try:
         line = await reader.readline()
+        message = json.loads(line) if line.endswith(b"\n") else None
     except (ConnectionError, ValueError):
         return None
-    if not line.endswith(b"\n"):
-        return None
-    message: dict[str, Any] = json.loads(line)
-    return message
+    return message if isinstance(message, dict) else None
 
 
 def send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:

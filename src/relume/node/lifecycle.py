@@ -332,6 +332,7 @@ class Lifecycle:
                 log=str(instance.places.log),
                 log_limit=self._log_limit,
                 exit_file=str(instance.places.exit_file),
+                id_base=instance.id_base,
                 first_line=first_line,
             )
         )

@@ -62,6 +62,7 @@ class State:
                 f"another node runs on {directory}",
                 hint="stop it, or give this one a state directory of its own with RELUME_STATE",
             ) from None
+        (directory / "node.db").touch(mode=0o600)
         self._db = sqlite3.connect(directory / "node.db", isolation_level=None)
         self._db.row_factory = sqlite3.Row
         self._db.execute("pragma journal_mode = wal")

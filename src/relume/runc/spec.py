@@ -31,6 +31,8 @@ _MASKED = (
 )
 _READONLY = tuple(f"/proc/{name}" for name in ("bus", "fs", "irq", "sys", "sysrq-trigger"))
 
+_MPTCP = Path("/proc/sys/net/mptcp/enabled")
+
 _QUIET = ("nosuid", "noexec", "nodev")
 
 
@@ -96,6 +98,9 @@ class Spec:
             "maskedPaths": list(_MASKED),
             "readonlyPaths": list(_READONLY),
         }
+        if not self.host_network and _MPTCP.exists():
+            # CRIU cannot save a multipath TCP socket, and some languages listen with one unless it is refused.
+            linux["sysctl"] = {"net.mptcp.enabled": "0"}
         if self.id_base is not None:
             mapping = [{"containerID": 0, "hostID": self.id_base, "size": ID_COUNT}]
             linux |= {"uidMappings": mapping, "gidMappings": mapping}
