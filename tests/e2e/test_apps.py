@@ -150,6 +150,21 @@ def _refused(check: ModuleType, node: Relume, app: str) -> dict[str, Any]:
     return {"result": f"refused: {answer['message']}"}
 
 
+@pytest.mark.slow
+def test_copies_draw_the_same_unless_they_are_reseeded(node: Relume) -> None:
+    """The control of what the checks of the runner's apps rely on, and of what docs/apps.md says of OpenSSL."""
+    app = "apps-functions"
+    node.json("deploy", str(HERE / "functions"), "-y", timeout=800)
+    try:
+        original = node.start(app, "-e", "RELUME_RESEED=0")
+        until(lambda: _checkpoint(node, original), 180, "no checkpoint after 180 s")
+        draws = [Ask(each["url"]).json("/draw", {})["result"] for each in (original, node.start(app))]
+        assert draws[0] == draws[1]
+    finally:
+        node.stop(app)
+        node.remove(app)
+
+
 def test_the_report_has_a_row_for_each_app() -> None:
     """The page is generated: from made-up results it must come out whole, apps without a result included."""
     spec = importlib.util.spec_from_file_location("apps_report", _APPS / "report.py")

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 token = secrets.token_hex(16)
 table = {n: n * n for n in range(1_000_000)}
 asked = 0
+ssl.RAND_bytes(16)  # OpenSSL's generator has its seed from here on
 
 try:
     req = urllib.request.Request("http://169.254.169.253:8234/checkpoint", method="POST")
