@@ -171,12 +171,14 @@ def _working_set(
             number, sealed = int(kept[0].name.removesuffix(_WORKING_SET)), kept[0].read_bytes()
         elif (found := find_working_set(objects, name)) is not None:
             number, sealed = found
+        else:
+            return None
+        working_set = open_working_set(objects, keyring, name, number, sealed, streams)
+        if not kept:
             beside = directory / f".{number}-{secrets.token_hex(4)}"
             beside.write_bytes(sealed)
             beside.rename(directory / f"{number}{_WORKING_SET}")
-        else:
-            return None
-        return open_working_set(objects, keyring, name, number, sealed, streams)
+        return working_set
     except (StoreError, OSError, ValueError) as error:
         log.warning("no working set for %s: %s", name.id, error)
         return None

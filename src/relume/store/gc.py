@@ -13,16 +13,16 @@ Either the sweeper sees the uploader's lease or the uploader sees the sweeper's.
 and wakes up finds its generation *closed*: the sweeper creates a manifest of that name first, which is no
 manifest, and of two creators only one wins. A sweeper that cannot renew its lease stops before the next deletion.
 
-A removed checkpoint stays whole for the grace period, for those that still page from it; then its manifest goes
-first and the rest after it. All ages are differences between time stamps of the store itself: no node's clock
-is involved.
+A layer goes when no build and no checkpoint names it. A removed checkpoint stays whole for the grace period, for
+those that still page from it; then its manifest goes first and the rest after it. All ages are differences
+between time stamps of the store itself: no node's clock is involved.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from relume.errors import ObjectMissing, StoreError
@@ -30,14 +30,15 @@ from relume.store import faults, index
 from relume.store.chunks import Tenant
 from relume.store.envelope import Kind, stored_limit, unseal, unseal_signed
 from relume.store.keys import Keyring
-from relume.store.layers import LAYERS
+from relume.store.layers import LAYERS, BuildRecord
 from relume.store.lease import Lease, Leases, Standing
-from relume.store.manifest import read_manifest
+from relume.store.manifest import read_manifest, read_signed
 from relume.store.names import CheckpointName
 from relume.store.objects import ObjectInfo, Objects
 from relume.store.publish import SWEEP
 
 GRACE_SECONDS = 24 * 3600.0
+_ANY = "*"  # a live lease that does not say whose chunks it is about
 _CLOSED = b"closed by garbage collection\n"
 
 
@@ -89,18 +90,22 @@ class _Collection:
 
     def run(self) -> Report:
         old = self._store_time() - self._grace_s
-        busy = self._busy_tenants()
-        if "" in busy:  # somebody who does not say which tenant
-            self._report.busy = ["*"]
-            return self._report
+        busy = self._busy_tenants(old)
         self._report.busy = sorted(busy)
+        if _ANY in busy:
+            return self._report
         self._sweep_checkpoints(old)
-        used = self._mark()
-        for info in self._objects.list("chunk"):
-            tenant = info.name.split("/")[2]
-            if tenant not in busy and info.modified < old and info.name not in used:
+        chunks, layers = self._mark()
+        known = {epoch.id.hex() for epoch in self._keyring.epochs}
+        for info in [*self._objects.list("layer"), *self._objects.list("chunk")]:
+            kind, epoch, tenant, last = info.name.split("/")
+            if epoch not in known or tenant in busy or info.modified >= old:
+                continue
+            if kind == "chunk" and info.name not in chunks:
                 self._delete(info, "gc.chunk")
                 self._report.chunks += 1
+            elif kind == "layer" and last not in layers:
+                self._delete(info, "gc.object")  # its chunks go with the next collection
         return self._report
 
     def _store_time(self) -> float:
@@ -112,23 +117,24 @@ class _Collection:
         finally:
             self._objects.delete(name)
 
-    def _busy_tenants(self) -> set[str]:
-        """The ids of tenants with an upload that may be alive; generations of dead ones are closed."""
-        series: dict[str, list[str]] = defaultdict(list)
+    def _busy_tenants(self, old: float) -> set[str]:
+        """The ids of tenants with an upload that may be alive. Generations of dead ones are closed.
+
+        Of each lease only the highest number is kept: it says where to go on.
+        """
+        series: dict[str, list[ObjectInfo]] = defaultdict(list)
         for info in self._objects.list("lease"):
-            parts = info.name.split("/")
-            prefix, rest = "/".join(parts[:3]), "/".join(parts[3:])
-            series[prefix].append(rest)
+            series[info.name.rsplit("/", 2)[0]].append(info)
         busy: set[str] = set()
-        for prefix, names in series.items():
-            standing = Standing.of(names)
-            if standing.done:
-                continue
-            if self._leases.is_alive(prefix):
-                tenant = self._leases.facts(prefix, standing.number).get("tenant", "")
-                busy |= {Tenant(epoch, tenant).id for epoch in self._keyring.epochs} if tenant else {""}
-            elif not self._report.dry_run:
+        for prefix, infos in series.items():
+            standing = Standing.of([info.name.removeprefix(f"{prefix}/") for info in infos])
+            if not standing.done and self._leases.is_alive(prefix):
+                tenant = self._leases.facts(prefix, standing.number).get("tenant")
+                busy |= {Tenant(epoch, tenant).id for epoch in self._keyring.epochs} if tenant else {_ANY}
+            elif not standing.done and not self._report.dry_run:
                 self._close(prefix, standing.number)
+            past = [info for info in infos if not info.name.startswith(f"{prefix}/{standing.number}/")]
+            self._delete_old(past, old)
         return busy
 
     def _close(self, prefix: str, number: int) -> None:
@@ -140,65 +146,66 @@ class _Collection:
         self._leases.write(f"{prefix}/{number}/done", {})
 
     def _sweep_checkpoints(self, old: float) -> None:
-        """Delete removed checkpoints, and what uploads that never finished left behind, once they are old."""
+        """Delete removed checkpoints, what unfinished uploads left, and working sets that a newer one replaced."""
         groups: dict[CheckpointName, list[ObjectInfo]] = defaultdict(list)
         for info in self._objects.list("checkpoint"):
             if (name := CheckpointName.parse(info.name)) is not None:
                 groups[name].append(info)
+        working_sets: dict[str, list[ObjectInfo]] = defaultdict(list)
+        for info in self._objects.list("working-set"):
+            working_sets[info.name.rsplit("/", 2)[0]].append(info)
         for name, infos in groups.items():
+            sets = working_sets.pop(name.working_sets, [])
             names = {info.name: info for info in infos}
-            removed = names.get(name.removed)
-            if name.manifest in names and removed is None:
-                continue
-            if max(info.modified for info in infos) >= old or self._leases.is_alive(name.lease):
-                continue
-            doomed = [names[name.manifest]] if name.manifest in names else []
-            doomed += [info for info in infos if info.name not in (name.manifest, name.removed)]
-            doomed += self._objects.list(name.working_sets)
-            for info in doomed:
-                self._delete(info, "gc.manifest" if info.name == name.manifest else "gc.object")
-            if removed is not None:
-                self._delete(removed, "gc.object")
-            self._report.checkpoints.append(name.id)
+            if name.manifest in names and name.removed not in names:
+                lists = [int(info.name.split("/")[-2]) for info in sets if info.name.endswith("/list")]
+                current = f"{name.working_sets}/{max(lists, default=0)}/"
+                self._delete_old([info for info in sets if not info.name.startswith(current)], old)
+            elif max(info.modified for info in infos) < old and not self._leases.is_alive(name.lease):
+                if (manifest := names.pop(name.manifest, None)) is not None:
+                    self._delete(manifest, "gc.manifest")
+                removed = names.pop(name.removed, None)
+                for info in [
+                    *names.values(),
+                    *sets,
+                    *([removed] if removed else []),
+                ]:  # the mark last: to go on by
+                    self._delete(info, "gc.object")
+                self._report.checkpoints.append(name.id)
+        for orphans in working_sets.values():
+            self._delete_old(orphans, old)
 
-    def _mark(self) -> set[str]:
-        """The names of all chunks that any manifest or layer still names."""
-        used: set[str] = set()
+    def _mark(self) -> tuple[set[str], set[str]]:
+        """The names of all chunks, and the digests of all layers, that anything which stays still names."""
+        chunks: set[str] = set()
+        layers: set[str] = set()
         gone = set(self._report.checkpoints)
         for info in self._objects.list("checkpoint"):
             name = CheckpointName.parse(info.name)
-            if (
-                name is not None
-                and info.name == name.manifest
-                and name.id not in gone
-                and info.size > len(_CLOSED)
-            ):
-                used.update(self._chunks_of_checkpoint(name))
+            if name is None or info.name != name.manifest or name.id in gone or info.size <= len(_CLOSED):
+                continue
+            try:
+                manifest, opened = read_manifest(self._objects, self._keyring, name)
+                sealed = manifest.index.fetch(self._objects, name.index, Kind.INDEX)
+            except ObjectMissing as error:
+                hint = f"relume checkpoints verify {name.id}; then rm it."
+                raise StoreError(f"{name.id} is not whole: {error}", hint=hint) from error
+            streams = index.decode(unseal(opened.data_key, Kind.INDEX, name.index, sealed), name.index)
+            chunks |= _chunk_names(Tenant(opened.epoch, manifest.tenant), streams)
+            layers |= set(manifest.layers)
+        for info in self._objects.list("build"):
+            build, _ = read_signed(self._objects, self._keyring, Kind.BUILD, info.name, BuildRecord)
+            layers |= {ref.digest for ref in build.layers}
         for info in self._objects.list("layer"):
-            used.update(self._chunks_of_layer(info.name))
-        return used
+            sealed = self._objects.get(info.name, limit=stored_limit(Kind.LAYER))
+            opened = unseal_signed(self._keyring, Kind.LAYER, info.name, sealed)
+            chunks |= _chunk_names(Tenant(opened.epoch, LAYERS), index.decode(opened.body, info.name))
+        return chunks, layers
 
-    def _chunks_of_checkpoint(self, name: CheckpointName) -> Iterator[str]:
-        try:
-            manifest, opened = read_manifest(self._objects, self._keyring, name)
-            sealed = manifest.index.fetch(self._objects, name.index, Kind.INDEX)
-        except ObjectMissing as error:
-            raise StoreError(
-                f"{name.id} is not whole: {error}", hint="relume checkpoints verify; then rm it."
-            ) from error
-        prefix = Tenant(opened.epoch, manifest.tenant).prefix
-        for stream in index.decode(unseal(opened.data_key, Kind.INDEX, name.index, sealed), name.index):
-            for ref in stream.chunks:
-                yield f"{prefix}/{ref.id.hex()}"
-
-    def _chunks_of_layer(self, name: str) -> Iterator[str]:
-        opened = unseal_signed(
-            self._keyring, Kind.LAYER, name, self._objects.get(name, limit=stored_limit(Kind.LAYER))
-        )
-        prefix = Tenant(opened.epoch, LAYERS).prefix
-        for stream in index.decode(opened.body, name):
-            for ref in stream.chunks:
-                yield f"{prefix}/{ref.id.hex()}"
+    def _delete_old(self, infos: Iterable[ObjectInfo], old: float) -> None:
+        for info in infos:
+            if info.modified < old:
+                self._delete(info, "gc.object")
 
     def _delete(self, info: ObjectInfo, point: str) -> None:
         self._report.objects += 1
@@ -207,3 +214,7 @@ class _Collection:
             self._lease.check()
             self._objects.delete(info.name)
             faults.point(point)
+
+
+def _chunk_names(tenant: Tenant, streams: Iterable[index.Stream]) -> set[str]:
+    return {f"{tenant.prefix}/{ref.id.hex()}" for stream in streams for ref in stream.chunks}

@@ -108,6 +108,12 @@ def find_build(objects: Objects, keyring: Keyring, app: str, inputs: str) -> Bui
     return None
 
 
+def remove_build(objects: Objects, keyring: Keyring, app: str, inputs: str) -> None:
+    """Delete the records of a build; its layers are garbage collection's."""
+    for epoch in keyring.epochs:
+        objects.delete(build_name(Tenant(epoch, app), inputs))
+
+
 def layer_name(tenant: Tenant, digest: str) -> str:
     return f"layer/{tenant.epoch.id.hex()}/{tenant.id}/{word(digest, 'layer')}"
 

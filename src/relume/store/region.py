@@ -5,6 +5,7 @@ Everything here blocks and is safe to call from several threads; an asyncio call
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,10 @@ class Region:
         return self.leases.acquire(lease(build, platform), tenant=app)
 
     def publish(self, lease: Lease, source: LocalCheckpoint, progress: Progress | None = None) -> Manifest:
-        """Upload and publish; call again after a failure, it goes on where it was. Raises Superseded, StoreError."""
+        """Upload and publish. After a failure try again under a new lease: only what is missing is sent.
+
+        Raises Superseded, StoreError.
+        """
         return publish(
             self.objects,
             self.keyring,
@@ -188,6 +192,23 @@ class Region:
     def import_(self, file: BinaryIO) -> CheckpointName:
         return archive.import_(self.objects, self.keyring, self.leases, file)
 
+    def remove_app(self, app: str) -> list[CheckpointName]:
+        """Remove every checkpoint of an app."""
+        return self.retain(app, keep=0)
+
+    def retain(self, app: str, *, keep: int, max_age_s: float | None = None) -> list[CheckpointName]:
+        """Remove an app's checkpoints but the `keep` newest, and those older than `max_age_s`; returns them.
+
+        Age is by the time stamps of the manifests' makers, so it is as right as their clocks: give days, not minutes.
+        """
+        own = [manifest for name in self.names() if (manifest := self.manifest(name)).app == app]
+        own.sort(key=lambda manifest: manifest.created_at, reverse=True)
+        too_old = time.time() - max_age_s if max_age_s is not None else float("-inf")
+        doomed = [m.name for at, m in enumerate(own) if at >= keep or m.created_at < too_old]
+        for name in doomed:
+            self.remove(name)
+        return doomed
+
     # Builds
 
     def find_build(self, app: str, inputs: str) -> BuildRecord | None:
@@ -213,6 +234,10 @@ class Region:
                 )
             held.check()
             return layers.publish_build(self.objects, self.keyring, build)
+
+    def remove_build(self, app: str, inputs: str) -> None:
+        """Forget a build; its layers go with a collection unless another build or a checkpoint names them."""
+        layers.remove_build(self.objects, self.keyring, app, inputs)
 
     def fetch_layer(self, digest: str, file: Path) -> None:
         layers.fetch_layer(self.objects, self.keyring, digest, file)

@@ -181,3 +181,59 @@ def test_layers_keep_their_chunks(node: Nodes, tmp_path: Path) -> None:
     assert a.collect(dry_run=False).objects == 0
     a.fetch_layer("d" * 64, tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == layer.read_bytes()
+    a.remove_build("x", "i")
+    time.sleep(0.02)
+    a.collect(dry_run=False)
+    a.collect(dry_run=False)
+    assert [objects(tmp_path, kind) for kind in ("layer", "chunk", "build")] == [0, 0, 0]
+
+
+def test_layers_that_a_checkpoint_needs_stay(
+    node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path
+) -> None:
+    from relume.store import BuildRecord, LayerRef
+
+    a = node("a")
+    layer = tmp_path / "layer"
+    layer.write_bytes(b"layer" * 10_000)
+    ref = LayerRef(digest=checkpoint.layers[0], size=50_000)
+    a.publish_build(BuildRecord(app="x", inputs="i", facts={}, layers=(ref,)), {ref.digest: layer})
+    published(a, checkpoint)
+    a.remove_build("x", "i")
+    time.sleep(0.02)
+    a.collect(dry_run=False)
+    a.fetch_layer(ref.digest, tmp_path / "copy")
+
+
+def test_old_leases_and_working_sets_go(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:
+    a = node("a")
+    for _ in range(3):
+        manifest = a.manifest(published(a, checkpoint))
+    for _ in range(2):
+        a.publish_working_set(manifest, [PageRun("pages-1.img", 1, 100)], checkpoint.images)
+    assert objects(tmp_path, "lease") == 6
+    assert objects(tmp_path, "working-set") == 4
+    time.sleep(0.02)
+    a.collect(dry_run=False)
+    assert sorted(path.name for path in (tmp_path / "store" / manifest.name.lease).iterdir()) == [
+        "1",
+        "2",
+        "3",
+    ]
+    assert objects(tmp_path, "lease") == 2
+    assert objects(tmp_path, "working-set") == 2
+    assert a.lease("an-app", "build-1", "x86-1").number == 4
+    assert a.verify(manifest.name).clean
+
+
+def test_retention_by_count_and_age(node: Nodes, tmp_path: Path) -> None:
+    a = node("a")
+    names = [
+        published(a, write_checkpoint(tmp_path / f"c{at}", build=f"build-{at}", pages=70)) for at in range(4)
+    ]
+    assert a.retain("another-app", keep=0) == []
+    assert set(a.retain("an-app", keep=2)) == set(names[:2])
+    assert a.names() == names[2:]
+    assert a.retain("an-app", keep=2, max_age_s=3600.0) == []
+    assert a.retain("an-app", keep=2, max_age_s=0.0) == names[:1:-1]
+    assert a.remove_app("an-app") == []
