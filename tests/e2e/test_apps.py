@@ -165,6 +165,23 @@ def test_copies_draw_the_same_unless_they_are_reseeded(node: Relume) -> None:
         node.remove(app)
 
 
+def test_a_main_py_that_fails_at_import(node: Relume, tmp_path: Path) -> None:
+    """`start` fails with the app's traceback, and nobody tries again."""
+    (tmp_path / "cerebrium.toml").write_text('[cerebrium.deployment]\nname = "apps-broken"\n')
+    (tmp_path / "main.py").write_text("def predict():\n    return 1\n\nraise RuntimeError('no weights')\n")
+    node.json("deploy", str(tmp_path), "-y", timeout=800)
+    try:
+        with pytest.raises(Failed) as caught:
+            node.start("apps-broken")
+        assert caught.value.error["code"] == "start_failed"
+        assert "RuntimeError: no weights" in json.dumps(caught.value.error)
+        time.sleep(2)
+        assert len(node.ps("apps-broken")) <= 1, "a restart storm"
+        assert all(row["state"] in ("failed", "exited") for row in node.ps("apps-broken"))
+    finally:
+        node.remove("apps-broken")
+
+
 def test_the_report_has_a_row_for_each_app() -> None:
     """The page is generated: from made-up results it must come out whole, apps without a result included."""
     spec = importlib.util.spec_from_file_location("apps_report", _APPS / "report.py")
