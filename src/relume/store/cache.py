@@ -107,7 +107,7 @@ class Cache:
         if pin is None:
             raise StoreError(
                 f"{entry_id} was evicted while it was being fetched",
-                hint="The cache is too small: [region] cache.",
+                hint="The cache is too small: [store] max_cache_bytes.",
             )
         return pin
 
@@ -148,7 +148,7 @@ class Cache:
             if used + needed > self.limit_bytes:
                 raise StoreError(
                     f"the cache has no room for {needed} bytes: {used} of {self.limit_bytes} are in use by instances",
-                    hint="Raise the cache's size, or stop instances of other builds.",
+                    hint="Raise [store] max_cache_bytes, or stop instances of other builds.",
                 )
 
     def evict(self, entry_id: str) -> bool:

@@ -21,7 +21,7 @@ from relume.store.lease import LEASE_SECONDS, Lease, Leases
 from relume.store.manifest import Manifest, read_manifest
 from relume.store.names import CheckpointName, lease
 from relume.store.objects import Counters, Objects, Patience
-from relume.store.publish import LocalCheckpoint, generations, publish, wait_for_sweep
+from relume.store.publish import LocalCheckpoint, publish, wait_for_sweep
 from relume.store.seen import Seen
 from relume.store.upload import Limits, Progress
 from relume.store.verify import Verdict, verify
@@ -109,18 +109,20 @@ class Region:
 
     # Using one
 
-    def find(self, build: str, platform: str) -> Manifest | None:
-        """The newest checkpoint of a build for a platform key; None if there is none.
+    def find(
+        self, build: str, platform: str, fits: Callable[[Manifest], bool] = lambda _: False
+    ) -> Manifest | None:
+        """The newest checkpoint of a build for a platform key, else for another one that `fits`; None without one.
 
         Raises Untrusted for one that is forged, foreign, or older than one seen before: boot cold and say why.
         """
-        found = generations(self.objects, build, platform)
-        if not found:
-            return None
-        name = CheckpointName(build, platform, found[-1])
-        manifest, _ = read_manifest(self.objects, self.keyring, name)
-        self._seen.accept(name)
-        return manifest
+        names = self.names(build)
+        for name in sorted(names, key=lambda name: name.platform != platform):
+            manifest = self.manifest(name)
+            if name.platform == platform or fits(manifest):
+                self._seen.accept(name)
+                return manifest
+        return None
 
     def platforms(self, build: str) -> list[str]:
         """The platform keys for which the store has checkpoints of a build."""

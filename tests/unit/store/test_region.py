@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,18 @@ def test_a_second_build_brings_only_what_changed(node: Nodes, tmp_path: Path) ->
     assert whole.new_stored == whole.stored
     assert added.new_stored <= 0.15 * whole.stored
     assert added.shared_percent > 85
+
+
+def test_a_checkpoint_of_a_lesser_platform_may_fit(node: Nodes, checkpoint: LocalCheckpoint) -> None:
+    a, b = node("a"), node("b")
+    published(a, checkpoint)
+    assert b.platforms("build-1") == ["x86-1"]
+    assert b.find("build-1", "x86-2") is None
+    found = b.find("build-1", "x86-2", fits=lambda manifest: manifest.facts["processes"] == 2)
+    assert found is not None
+    assert found.platform == "x86-1"
+    newer = published(a, dataclasses.replace(checkpoint, platform="x86-2"))
+    assert b.find("build-1", "x86-2", fits=lambda manifest: True) == a.manifest(newer)
 
 
 def test_only_one_makes_it(node: Nodes, checkpoint: LocalCheckpoint) -> None:
