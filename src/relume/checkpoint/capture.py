@@ -282,6 +282,7 @@ class Capturer:
             loopback=subject.loopback,
             filesystem=subject.filesystem,
             processes=[dataclasses.asdict(process) for process in edit.processes(images)],
+            stopped=edit.stopped(images),
             left_behind=dataclasses.asdict(left),
             warnings=list(result.held.get("warnings", ())),
         )

@@ -100,12 +100,15 @@ class Restoration:
             "verify": str(self.verified) if self.verified else None,
         }
 
-    def job(self, *, images: Path, work: Path, pager: dict[str, Any] | None) -> RestoreJob:
+    def job(
+        self, *, images: Path, work: Path, pager: dict[str, Any] | None, stopped: bool = False
+    ) -> RestoreJob:
         """The engine's job; ``images`` is where the mapped root can read them."""
         return RestoreJob(
             images=str(images),
             work=str(work),
-            options=options.for_restore(loopback=self.checkpoint.loopback),
+            options=options.for_restore(loopback=self.checkpoint.loopback, leave_stopped=stopped),
             pager=pager,
             needs_network=self.checkpoint.needs_network,
+            stopped=stopped,
         )

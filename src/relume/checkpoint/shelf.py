@@ -46,6 +46,8 @@ class Checkpoint:
     loopback: str
     filesystem: str
     processes: list[dict[str, Any]]
+    stopped: list[int]
+    """Pids inside of those that were stopped (SIGSTOP) when it was taken, and must stay so."""
     left_behind: dict[str, Any]
     warnings: list[str]
 

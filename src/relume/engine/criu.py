@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,12 @@ class Criu:
                 self._way_out = asyncio.create_task(way_out)
         self._hook.release()
         self._mark("network")
+
+    def resume(self, stopped: Collection[int]) -> None:
+        """Let a container that was restored stopped run, but for the processes with pids inside ``stopped``."""
+        for pid in cgroup.processes(self._container.cgroup):
+            if process.inner_pid(pid) not in stopped:
+                process.send(pid, signal.SIGCONT)
 
     async def dump(self, job: DumpJob) -> DumpResult:
         """``runc checkpoint --leave-running``, held files copied while all is frozen. Never raises for CRIU."""

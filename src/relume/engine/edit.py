@@ -28,6 +28,7 @@ from relume.errors import ImageError
 from relume.images import read_image, read_pagemap, write_image
 
 _TCP = 6
+_TASK_STOPPED = 0x3  # compel/include/uapi/task-state.h, COMPEL_TASK_STOPPED
 _CLOSED = 7  # TCP_CLOSE of linux/tcp_states.h, as CRIU writes it
 _BOTH = 3  # sk_shutdown of sk-opts.proto
 _SIDECAR = ipaddress.ip_address("169.254.169.253")
@@ -156,6 +157,15 @@ def processes(directory: Path) -> list[Process]:
             )
         )
     return found
+
+
+def stopped(directory: Path) -> list[int]:
+    """Pids (as inside) of the processes that were stopped by a signal when the dump began. Raises ImageError."""
+    return [
+        item.pid
+        for item in read_image(directory / "pstree.img")
+        if read_image(directory / f"core-{item.pid}.img")[0].tc.task_state == _TASK_STOPPED
+    ]
 
 
 def _outside(connections: Sequence[Any]) -> list[Any]:

@@ -37,6 +37,8 @@ class RestoreJob:
     pager: dict[str, Any] | None = None
     needs_network: bool = False
     """Whether the way out must be there before the sockets are restored."""
+    stopped: bool = False
+    """Leave it stopped before its first instruction."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,10 @@ class Keeper:
 
     async def restore(self, job: RestoreJob) -> dict[str, Any]:
         return await self.ask("restore", job=dataclasses.asdict(job))
+
+    async def resume(self, environment: dict[str, str], first_line: str, stopped: Sequence[int]) -> None:
+        """Let a prepared instance run."""
+        await self.ask("resume", environment=environment, first_line=first_line, stopped=list(stopped))
 
     async def dump(self, job: DumpJob) -> DumpResult:
         """Dump; the result says whether it worked."""

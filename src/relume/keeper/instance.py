@@ -65,6 +65,7 @@ class Instance:
         self._frozen = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._answered = False
+        self._held_back = False
         self.phase = "spare"
         self.ready_at: float | None = None
         self.exit_code: int | None = None
@@ -101,7 +102,22 @@ class Instance:
             await self._engine.warm_up()
             assert self._engine.pager is not None
             self._engine.pager.on_event = self._pager_told
-        return await self._bring_up(self._engine.restore(job))
+        self._held_back = job.stopped
+        told = await self._bring_up(self._engine.restore(job))
+        if job.stopped:
+            self.phase = "prepared"
+        return told
+
+    def resume(self, environment: dict[str, str], first_line: str, stopped: list[int]) -> None:
+        """Let a prepared instance run, as an instance of now: environment, first line of the log, clock."""
+        if self.phase != "prepared" or self._assignment is None or self._log is None:
+            raise Conflict(f"{self._container.instance_id} is {self.phase}, not prepared")
+        self._assignment = dataclasses.replace(self._assignment, environment=environment)
+        self._log.write(first_line.encode() + b"\n", RELUME)
+        self.phase = "starting"
+        self._held_back = False
+        self._engine.resume(stopped)
+        self._spawn(self._watch_readiness())
 
     async def _bring_up(self, coming: Any) -> dict[str, Any]:
         self.phase = "starting"
@@ -179,7 +195,8 @@ class Instance:
 
     async def _network_up(self, listener: socket.socket) -> None:
         await self._sidecar.open(listener)
-        self._spawn(self._watch_readiness())
+        if not self._held_back:
+            self._spawn(self._watch_readiness())
 
     async def _dial(self) -> socket.socket:
         """A connection to the app's port, made inside; 127.0.0.1 first, then ::1."""

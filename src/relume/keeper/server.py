@@ -76,6 +76,9 @@ class Server:
                 return await instance.boot()
             case "restore":
                 return await instance.restore(RestoreJob(**message["job"]))
+            case "resume":
+                instance.resume(message["environment"], message["first_line"], message["stopped"])
+                return {}
             case "dump":
                 return await instance.make_dump(DumpJob(**message["job"]))
             case "dumped":

@@ -32,6 +32,17 @@ def alive(pid: int, started: int) -> bool:
     return start_time(pid) == started
 
 
+def inner_pid(pid: int) -> int | None:
+    """The pid that ``pid`` has in its innermost pid namespace (proc_pid_status(5), NSpid)."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("NSpid:"):
+                return int(line.split()[-1])
+    except OSError:
+        pass
+    return None
+
+
 def send(pid: int, number: signal.Signals) -> None:
     """kill(2) that does not mind when the process is gone."""
     try:

@@ -18,6 +18,7 @@ from relume.config import NodeConfig, load_app
 from relume.engine.network import pasta
 from relume.errors import BadRequest, NotFound
 from relume.node import machine
+from relume.node.bringup import BringUp
 from relume.node.ground import Ground
 from relume.node.lifecycle import Lifecycle, Started
 from relume.node.places import Places
@@ -56,8 +57,14 @@ class Node:
             self._capturer,
             self._ground,
             self._spares,
-            log_limit=config.node.max_log_bytes,
-            pages_lazily=self.pages_lazily,
+            build_of=self._build_of,
+            bringup=BringUp(
+                self.places,
+                self._shelf,
+                self._ground,
+                log_limit=config.node.max_log_bytes,
+                pages_lazily=self.pages_lazily,
+            ),
         )
 
     async def open(self) -> None:
@@ -67,6 +74,9 @@ class Node:
         await self._adopt()
         self._sweep()
         self._spares.refill()
+        for app in {instance.build.app for instance in self.lifecycle.instances.values()}:
+            self.lifecycle.prepared.want(app)
+        self.lifecycle.spawn(self.lifecycle.prepared.run())
 
     async def _adopt(self) -> None:
         for row in self._state.instances():
@@ -170,6 +180,7 @@ class Node:
         """Stop an instance, or every instance of an app; returns their ids."""
         if target not in self.lifecycle.instances:
             self._known(target)
+            await self.lifecycle.prepared.forget(target)
         try:
             instances = self.lifecycle.find(target)
         except NotFound:

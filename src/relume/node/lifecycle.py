@@ -17,15 +17,13 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
 from relume.build import Build
-from relume.checkpoint import restore
 from relume.checkpoint.capture import Capturer, Subject
 from relume.checkpoint.shelf import Checkpoint, Shelf
-from relume.engine import criulog
 from relume.engine.jobs import Container
 from relume.errors import (
     BuildError,
@@ -38,16 +36,15 @@ from relume.errors import (
     Untrusted,
 )
 from relume.keeper.client import Keeper
-from relume.keeper.instance import Assignment
 from relume.linux import process
+from relume.node.bringup import BringUp, Trace
 from relume.node.ground import Ground
 from relume.node.instance import Instance
 from relume.node.places import Places
-from relume.node.secrets import Secrets
+from relume.node.prepared import Prepared
 from relume.node.settings import Settings
 from relume.node.spares import Spares
 from relume.node.state import State
-from relume.sidecar import ADDRESS
 
 log = logging.getLogger(__name__)
 
@@ -88,27 +85,6 @@ class Started:
         }
 
 
-class Trace:
-    """When each stage of a start was over, in seconds since its beginning."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self.stages: dict[str, float] = {}
-
-    def mark(self, stage: str) -> None:
-        self.stages[stage] = time.monotonic() - self._began
-
-    def merge(self, timeline: Mapping[str, float]) -> None:
-        """Stages that the keeper saw, on the same monotonic clock."""
-        for stage, at in timeline.items():
-            self.stages[stage] = at - self._began
-        self.stages = dict(sorted(self.stages.items(), key=lambda item: item[1]))
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self._began
-
-
 class Lifecycle:
     """All living instances of one node."""
 
@@ -121,8 +97,8 @@ class Lifecycle:
         ground: Ground,
         spares: Spares,
         *,
-        log_limit: int,
-        pages_lazily: bool,
+        bringup: BringUp,
+        build_of: Callable[[str], Build],
     ) -> None:
         self._places = places
         self._state = state
@@ -130,8 +106,13 @@ class Lifecycle:
         self._capturer = capturer
         self._ground = ground
         self._spares = spares
-        self._log_limit = log_limit
-        self._pages_lazily = pages_lazily
+        self._bringup = bringup
+        self._build_of = build_of
+        self.prepared = Prepared(
+            current=self._to_prepare,
+            prepare=self.prepare,
+            discard=lambda instance: self._discard(instance, "exited"),
+        )
         self._tasks: set[asyncio.Task[Any]] = set()
         self.instances: dict[str, Instance] = {}
 
@@ -153,6 +134,11 @@ class Lifecycle:
         trace = Trace()
         reason, checkpoint = self.choose(build, restore_wanted=restore_wanted)
         trace.mark("lookup")
+        self.prepared.want(build.app)
+        if checkpoint is not None and memory == "paged":
+            taken = await self._take_prepared(build, checkpoint, environment or {}, trace)
+            if taken is not None:
+                return Started(taken, None, trace.elapsed, trace.stages, "prepared")
         if checkpoint is not None:
             try:
                 instance = await self._restore(build, checkpoint, environment or {}, trace, memory)
@@ -185,14 +171,7 @@ class Lifecycle:
     ) -> Instance:
         instance = await self._new(build, None, deferred=deferred, maker=maker)
         try:
-            await asyncio.to_thread(
-                self._ground.lay, instance.places, build, id_base=instance.id_base, top=None, copy=False
-            )
-            trace.mark("layer")
-            await self._assign(instance, environment)
-            trace.mark("keeper")
-            await instance.keeper.boot()
-            await instance.until_ready(instance.settings.boot_timeout)
+            await self._bringup.boot(instance, environment, trace)
         except (RelumeError, OSError) as error:
             await self._discard(instance, "failed")
             if isinstance(error, StartFailed):
@@ -207,6 +186,36 @@ class Lifecycle:
         self._now_ready(instance, trace)
         return instance
 
+    async def _take_prepared(
+        self, build: Build, checkpoint: Checkpoint, environment: Mapping[str, str], trace: Trace
+    ) -> Instance | None:
+        """A prepared instance, let run; None where there is none, or where the one there was did not run."""
+        instance = self.prepared.take(build, checkpoint)
+        if instance is None:
+            return None
+        instance.state = "starting"
+        instance.started_at = time.time()
+        try:
+            await self._bringup.resume(instance, checkpoint, environment, trace)
+        except (RelumeError, OSError) as error:
+            log.warning("a prepared instance of %s did not run: %s", build.app, error)
+            await self._discard(instance, "failed")
+            return None
+        self._now_ready(instance, trace)
+        return instance
+
+    async def prepare(self, build: Build, checkpoint: Checkpoint) -> Instance:
+        """An instance restored and stopped. Raises what a restore raises; nothing of it is left then."""
+        instance = await self._new(build, checkpoint.checkpoint_id)
+        try:
+            await self._bringup.prepare(instance, checkpoint)
+        except BaseException:
+            await self._discard(instance, "failed")
+            raise
+        instance.state = "prepared"
+        self._save(instance)
+        return instance
+
     async def _restore(
         self,
         build: Build,
@@ -216,64 +225,13 @@ class Lifecycle:
         memory: str,
     ) -> Instance:
         instance = await self._new(build, checkpoint.checkpoint_id)
-        places = instance.places
-        restoration = restore.Restoration(self._shelf, checkpoint, instance.id_base, self._places.verified)
         try:
-            pager = self._pager_job(instance, restoration, memory)
-            await asyncio.to_thread(self._lay_copy, instance, restoration, verify_pages=pager is None)
-            trace.mark("layer")
-            await self._assign(instance, environment, first_line=restore.FIRST_LINE)
-            trace.mark("keeper")
-            job = restoration.job(images=places.images, work=places.criu_work, pager=pager)
-            coming = asyncio.create_task(instance.keeper.restore(job))
-            readiness = asyncio.create_task(instance.until_ready(_RESTORE_PATIENCE))
-            # runc returns some time after the app runs: whoever is first, readiness or failure, decides.
-            await asyncio.wait({coming, readiness}, return_when=asyncio.FIRST_COMPLETED)
-            if coming.done():
-                coming.result()
-            await readiness
-            self._keep(coming)
-        except Exception as error:
-            words = criulog.explain(places.criu_work / "restore.log")
+            self._keep(await self._bringup.restore(instance, checkpoint, environment, trace, memory))
+        except BaseException:
             await self._discard(instance, "failed")
-            if instance.paging_failed:
-                await asyncio.to_thread(restoration.verify, pages=True)  # a damaged one says so by itself
-                raise PagerError(instance.paging_failed) from error
-            if isinstance(error, EngineError) and words.reason:
-                raise EngineError(words.reason, hint=error.hint) from error
             raise
-        self._shelf.restore_worked(checkpoint.checkpoint_id)
         self._now_ready(instance, trace)
         return instance
-
-    def _pager_job(
-        self, instance: Instance, restoration: restore.Restoration, memory: str
-    ) -> dict[str, Any] | None:
-        """The pager's job, or None (and why, in ``instance.memory``) to read all memory before the app runs."""
-        why_eager = (
-            "asked for" if memory == "eager" else restoration.why_eager(instance.settings.limits.memory)
-        )
-        if not self._pages_lazily:
-            why_eager = "userfaultfd is not allowed on this node"
-        if why_eager:
-            instance.memory = f"eager: {why_eager}"
-            return None
-        instance.memory = "paged"
-        return restoration.pager_job(
-            work=instance.places.criu_work,
-            cgroup=instance.places.cgroup,
-            fill=instance.settings.fill,
-            learn=memory != "unlearned",
-        )
-
-    def _lay_copy(self, instance: Instance, restoration: restore.Restoration, *, verify_pages: bool) -> None:
-        """All of a copy's ground; blocking. Raises Untrusted or ImageError for a damaged checkpoint."""
-        restoration.verify(pages=verify_pages)
-        restoration.lay_files(instance.places.upper)
-        self._ground.lay(
-            instance.places, instance.build, id_base=instance.id_base, top=restoration.lower_layer, copy=True
-        )
-        self._ground.show_images(instance.places, restoration.images, id_base=instance.id_base)
 
     async def _new(
         self, build: Build, checkpoint_id: str | None, *, deferred: bool = False, maker: bool = False
@@ -305,63 +263,22 @@ class Lifecycle:
         self._save(instance)
         return instance
 
-    async def _assign(
-        self, instance: Instance, environment: Mapping[str, str], *, first_line: str = ""
-    ) -> None:
-        """Bundle and keeper: after this only runc is missing."""
-        build, settings = instance.build, instance.settings
-        merged = self._environment(build, environment)
-        await asyncio.to_thread(
-            self._ground.bundle,
-            instance.places,
-            build,
-            settings,
-            id_base=instance.id_base,
-            environment=merged,
-        )
-        instance.port = await instance.keeper.assign(
-            Assignment(
-                app=build.app,
-                build_id=build.build_id,
-                checkpointing=build.checkpointing,
-                restored=instance.restored,
-                checkpoint_id=instance.checkpoint_id,
-                environment=merged,
-                port=build.port,
-                readycheck=settings.readycheck,
-                log=str(instance.places.log),
-                log_limit=self._log_limit,
-                exit_file=str(instance.places.exit_file),
-                id_base=instance.id_base,
-                first_line=first_line,
-            )
-        )
-        self._save(instance)
-
-    def _environment(self, build: Build, extra: Mapping[str, str]) -> dict[str, str]:
-        """What the app's first process gets: the image's, then ours, then secrets, then the caller's."""
-        merged = {
-            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-            "HOME": "/root",
-            "HOSTNAME": build.app,
-            "PORT": str(build.port),
-            # A log is read while the app runs, and a pipe would make Python keep its lines back.
-            "PYTHONUNBUFFERED": "1",
-            **build.env,
-            **Secrets(self._places.secrets(build.app)).all(),
-            **extra,
-        }
-        for name in ("NO_PROXY", "no_proxy"):
-            hosts = [host for host in merged.get(name, "").split(",") if host]
-            if ADDRESS not in hosts:
-                merged[name] = ",".join([*hosts, ADDRESS])
-        return merged
-
     def _now_ready(self, instance: Instance, trace: Trace) -> None:
         trace.merge(instance.timeline)
         trace.mark("ready")
         if instance.settings.trigger == "ready" and not instance.restored:
             self._keep(asyncio.create_task(self._checkpoint_at_ready(instance)))
+
+    def _to_prepare(self, app: str) -> tuple[Build, Checkpoint] | None:
+        """The build and checkpoint that the next start of ``app`` would use, if it would restore."""
+        try:
+            build = self._build_of(app)
+        except NotFound:
+            return None
+        if not build.config["relume"]["checkpoint"]["prepared"]:
+            return None
+        _, checkpoint = self.choose(build, restore_wanted=True)
+        return None if checkpoint is None else (build, checkpoint)
 
     # --- after a failed restore -------------------------------------------------------------------
 
@@ -552,7 +469,7 @@ class Lifecycle:
             told = await keeper.connect(patience=0.5)
         except RelumeError:
             return False
-        if told["phase"] not in ("starting", "ready"):
+        if told["phase"] not in ("starting", "ready"):  # a prepared one is made anew
             await keeper.end()
             await keeper.close()
             return False

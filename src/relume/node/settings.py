@@ -22,6 +22,9 @@ class Settings:
     loopback: str
     fill: str
     held_limit: int
+    prepared: int
+    prepared_fill: str
+    prepared_max_age: float
 
     @classmethod
     def of(cls, build: Build) -> Settings:
@@ -37,4 +40,7 @@ class Settings:
             loopback=policy["loopback"],
             fill=policy["fill"],
             held_limit=policy["max_held_file_bytes"],
+            prepared=policy["prepared"],
+            prepared_fill=policy["prepared_fill"],
+            prepared_max_age=float(policy["prepared_max_age_s"]),
         )

@@ -1,0 +1,237 @@
+"""How a container comes up: cold, from a checkpoint, or from a checkpoint and held before its first instruction.
+
+Each coroutine ends with a ready (or prepared) instance or raises what went wrong; taking away what was made
+is the caller's (relume.node.lifecycle), who has to say what comes next anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from relume.build import Build
+from relume.checkpoint.restore import FIRST_LINE, Restoration
+from relume.checkpoint.shelf import Checkpoint, Shelf
+from relume.engine import criulog
+from relume.errors import EngineError, PagerError
+from relume.keeper.instance import Assignment
+from relume.node.ground import Ground
+from relume.node.instance import Instance
+from relume.node.places import Places
+from relume.node.secrets import Secrets
+from relume.sidecar import ADDRESS
+
+_RESTORE_PATIENCE = 60.0
+"""Seconds for a copy to become ready; it was ready, or on its way, when it was saved."""
+
+_NEVER = 1e9
+
+
+class Trace:
+    """When each stage of a start was over, in seconds since its beginning."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self.stages: dict[str, float] = {}
+
+    def mark(self, stage: str) -> None:
+        self.stages[stage] = time.monotonic() - self._began
+
+    def merge(self, timeline: Mapping[str, float]) -> None:
+        """Stages that the keeper saw, on the same monotonic clock; those from before this start are left out."""
+        for stage, at in timeline.items():
+            if at >= self._began:
+                self.stages[stage] = at - self._began
+        self.stages = dict(sorted(self.stages.items(), key=lambda item: item[1]))
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+
+class BringUp:
+    """Brings up instances of one node."""
+
+    def __init__(
+        self, places: Places, shelf: Shelf, ground: Ground, *, log_limit: int, pages_lazily: bool
+    ) -> None:
+        self._places = places
+        self._shelf = shelf
+        self._ground = ground
+        self._log_limit = log_limit
+        self._pages_lazily = pages_lazily
+
+    async def boot(self, instance: Instance, environment: Mapping[str, str], trace: Trace) -> None:
+        """Cold. Raises EngineError, StartFailed, OSError."""
+        await asyncio.to_thread(
+            self._ground.lay,
+            instance.places,
+            instance.build,
+            id_base=instance.id_base,
+            top=None,
+            copy=False,
+        )
+        trace.mark("layer")
+        await self._assign(instance, environment)
+        trace.mark("keeper")
+        await instance.keeper.boot()
+        await instance.until_ready(instance.settings.boot_timeout)
+
+    async def restore(
+        self,
+        instance: Instance,
+        checkpoint: Checkpoint,
+        environment: Mapping[str, str],
+        trace: Trace,
+        memory: str,
+    ) -> asyncio.Task[Any]:
+        """From ``checkpoint``; returns what is left of runc's part, which ends a moment after the app answers.
+
+        Raises Untrusted or ImageError for a damaged checkpoint, EngineError and PagerError with CRIU's or the
+        pager's reason in words, StartFailed when it does not become ready.
+        """
+        restoration = self._restoration(instance, checkpoint)
+        try:
+            pager = self._pager_job(instance, restoration, memory)
+            await asyncio.to_thread(self._lay_copy, instance, restoration, verify_pages=pager is None)
+            trace.mark("layer")
+            await self._assign(instance, environment, first_line=FIRST_LINE)
+            trace.mark("keeper")
+            places = instance.places
+            job = restoration.job(images=places.images, work=places.criu_work, pager=pager)
+            coming = asyncio.create_task(instance.keeper.restore(job))
+            readiness = asyncio.create_task(instance.until_ready(_RESTORE_PATIENCE))
+            # runc returns some time after the app runs: whoever is first, readiness or failure, decides.
+            await asyncio.wait({coming, readiness}, return_when=asyncio.FIRST_COMPLETED)
+            if coming.done():
+                coming.result()
+            await readiness
+        except Exception as error:
+            raise await self._reason(instance, restoration, error) from error
+        self._shelf.restore_worked(checkpoint.checkpoint_id)
+        return coming
+
+    async def prepare(self, instance: Instance, checkpoint: Checkpoint) -> None:
+        """From ``checkpoint``, and stopped before its first instruction. Raises as :meth:`restore`."""
+        restoration = self._restoration(instance, checkpoint)
+        try:
+            pager = self._pager_job(instance, restoration, "prepared")
+            await asyncio.to_thread(self._lay_copy, instance, restoration, verify_pages=pager is None)
+            await self._assign(instance, {})
+            places = instance.places
+            job = restoration.job(images=places.images, work=places.criu_work, pager=pager, stopped=True)
+            await instance.keeper.restore(job)
+        except Exception as error:
+            raise await self._reason(instance, restoration, error) from error
+
+    async def resume(
+        self, instance: Instance, checkpoint: Checkpoint, environment: Mapping[str, str], trace: Trace
+    ) -> None:
+        """Let a prepared instance run, with today's environment. Raises EngineError, StartFailed."""
+        merged = self.environment(instance.build, environment)
+        await instance.keeper.resume(merged, FIRST_LINE, checkpoint.stopped)
+        trace.mark("resumed")
+        await instance.until_ready(_RESTORE_PATIENCE)
+
+    def environment(self, build: Build, extra: Mapping[str, str]) -> dict[str, str]:
+        """What the app's first process gets: the image's, then ours, then secrets, then the caller's."""
+        merged = {
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": "/root",
+            "HOSTNAME": build.app,
+            "PORT": str(build.port),
+            # A log is read while the app runs, and a pipe would make Python keep its lines back.
+            "PYTHONUNBUFFERED": "1",
+            **build.env,
+            **Secrets(self._places.secrets(build.app)).all(),
+            **extra,
+        }
+        for name in ("NO_PROXY", "no_proxy"):
+            hosts = [host for host in merged.get(name, "").split(",") if host]
+            if ADDRESS not in hosts:
+                merged[name] = ",".join([*hosts, ADDRESS])
+        return merged
+
+    # --- pieces -----------------------------------------------------------------------------------
+
+    def _restoration(self, instance: Instance, checkpoint: Checkpoint) -> Restoration:
+        return Restoration(self._shelf, checkpoint, instance.id_base, self._places.verified)
+
+    def _pager_job(self, instance: Instance, restoration: Restoration, memory: str) -> dict[str, Any] | None:
+        """The pager's job, or None (and why, in ``instance.memory``) to read all memory before the app runs."""
+        settings = instance.settings
+        why_eager = "asked for" if memory == "eager" else restoration.why_eager(settings.limits.memory)
+        if not self._pages_lazily:
+            why_eager = "userfaultfd is not allowed on this node"
+        if why_eager:
+            instance.memory = f"eager: {why_eager}"
+            return None
+        instance.memory = "paged"
+        job = restoration.pager_job(
+            work=instance.places.criu_work,
+            cgroup=instance.places.cgroup,
+            fill=settings.fill,
+            learn=memory not in ("unlearned", "criu"),
+        )
+        if memory == "prepared":
+            # It waits for somebody, not for pages: nothing is learned of it, and the fill waits for its answer.
+            job |= {"record": None, "record_limit_s": _NEVER}
+            if settings.prepared_fill == "none":
+                job["working_set"] = None
+        return job
+
+    def _lay_copy(self, instance: Instance, restoration: Restoration, *, verify_pages: bool) -> None:
+        """All of a copy's ground; blocking. Raises Untrusted or ImageError for a damaged checkpoint."""
+        restoration.verify(pages=verify_pages)
+        restoration.lay_files(instance.places.upper)
+        self._ground.lay(
+            instance.places, instance.build, id_base=instance.id_base, top=restoration.lower_layer, copy=True
+        )
+        self._ground.show_images(instance.places, restoration.images, id_base=instance.id_base)
+
+    async def _assign(
+        self, instance: Instance, environment: Mapping[str, str], *, first_line: str = ""
+    ) -> None:
+        """Bundle and keeper: after this only runc is missing."""
+        build, settings = instance.build, instance.settings
+        merged = self.environment(build, environment)
+        await asyncio.to_thread(
+            self._ground.bundle,
+            instance.places,
+            build,
+            settings,
+            id_base=instance.id_base,
+            environment=merged,
+        )
+        instance.port = await instance.keeper.assign(
+            Assignment(
+                app=build.app,
+                build_id=build.build_id,
+                checkpointing=build.checkpointing,
+                restored=instance.restored,
+                checkpoint_id=instance.checkpoint_id,
+                environment=merged,
+                port=build.port,
+                readycheck=settings.readycheck,
+                log=str(instance.places.log),
+                log_limit=self._log_limit,
+                exit_file=str(instance.places.exit_file),
+                id_base=instance.id_base,
+                first_line=first_line,
+            )
+        )
+
+    async def _reason(self, instance: Instance, restoration: Restoration, error: Exception) -> Exception:
+        """The error that says why a restore failed."""
+        if instance.paging_failed:
+            try:
+                await asyncio.to_thread(restoration.verify, pages=True)
+            except Exception as damage:
+                return damage
+            return PagerError(instance.paging_failed)
+        words = criulog.explain(instance.places.criu_work / "restore.log")
+        if isinstance(error, EngineError) and words.reason:
+            return EngineError(words.reason, hint=error.hint)
+        return error
