@@ -6,6 +6,7 @@ hierarchies at once (v1). Functions here act on all of them.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -36,8 +37,10 @@ def hierarchies() -> tuple[Path, ...]:
 
 
 def directories(group: str) -> list[Path]:
-    """The directories in which ``group`` exists."""
+    """The directories in which ``group`` exists. Raises ValueError for the root: it is everybody's."""
     relative = group.strip("/")
+    if not relative or ".." in relative.split("/"):
+        raise ValueError(f"not a group of ours: {group!r}")
     return [path for root in hierarchies() if (path := root / relative).is_dir()]
 
 
@@ -113,23 +116,25 @@ def remove(group: str, *, timeout: float = 2.0) -> None:
 
 
 def memory(group: str) -> tuple[int, int | None]:
-    """(bytes charged now, limit in bytes or None) of ``group``."""
+    """(bytes charged now, limit in bytes or None) of ``group``; (0, None) when there is none."""
     for directory in directories(group):
         for used, limit in (
             ("memory.current", "memory.max"),
             ("memory.usage_in_bytes", "memory.limit_in_bytes"),
         ):
-            if (directory / used).exists():
+            try:
                 text = (directory / limit).read_text().strip()
-                bound = None if text == "max" or int(text) >= 1 << 60 else int(text)
-                return int((directory / used).read_text()), bound
+                charged = int((directory / used).read_text())
+            except OSError:
+                continue  # of the other version, or the group went away
+            return charged, None if text == "max" or int(text) >= 1 << 60 else int(text)
     return 0, None
 
 
 def _write(path: Path, value: str) -> None:
     try:
         path.write_text(value)
-    except FileNotFoundError:
-        pass  # the group went away, which is what every caller wants anyway
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return  # the group went away, which is what every caller wants anyway
         raise OSError(error.errno, error.strerror, str(path)) from None

@@ -8,13 +8,14 @@ serves every app, whatever id range the app has.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from relume.linux import syscall
+from relume.linux import process, syscall
 
 MS_RDONLY = 1
 MS_NOSUID = 2
@@ -68,9 +69,13 @@ def under(directory: Path) -> list[Path]:
 
 
 def unmount_all(directory: Path) -> None:
-    """Unmount everything at or below ``directory``."""
+    """Unmount everything at or below ``directory``; what somebody else unmounts meanwhile is no error."""
     for point in under(directory):
-        unmount(point)
+        try:
+            unmount(point)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOENT):  # umount(2): not a mount point (any more)
+                raise
 
 
 def points() -> Iterator[Path]:
@@ -94,13 +99,13 @@ def user_namespace(base: int, count: int = 65536, *, groups: int | None = None) 
     ready_r, ready_w = os.pipe()
     child = os.fork()
     if child == 0:  # only async-signal-safe work here: the parent may have threads
-        if syscall.libc().unshare(0x10000000) == 0:  # CLONE_NEWUSER
-            os.write(ready_w, b"1")
-        else:
-            os.write(ready_w, b"0")
+        try:
+            if syscall.libc().unshare(0x10000000) == 0:  # CLONE_NEWUSER
+                process.die_with_parent()  # after it: a change of credentials forgets the signal (prctl(2))
+                os.write(ready_w, b"1")
+                signal.pause()
+        finally:
             os._exit(1)
-        signal.pause()
-        os._exit(0)
     os.close(ready_w)
     try:
         if os.read(ready_r, 1) != b"1":
@@ -147,10 +152,15 @@ def bind_idmapped(source: Path, target: Path, userns: int, *, readonly: bool) ->
 
 
 def overlay(lower: list[Path], upper: Path, work: Path, target: Path, *, options: str = "") -> None:
-    """Mount an overlay; ``lower`` is ordered bottom first (the kernel wants top first).
+    """Mount an overlay; ``lower`` is ordered bottom first (the kernel wants top first). Any path will do.
 
     ``index=on,nfs_export=on`` gives files handles, without which CRIU cannot save an inotify watch.
     """
-    stacked = ":".join(str(path) for path in reversed(lower))
-    data = f"lowerdir={stacked},upperdir={upper},workdir={work}"
+    stacked = ":".join(_escape(path).replace(":", r"\:") for path in reversed(lower))
+    data = f"lowerdir={stacked},upperdir={_escape(upper)},workdir={_escape(work)}"
     mount("overlay", target, "overlay", 0, data + (f",{options}" if options else ""))
+
+
+def _escape(path: Path) -> str:
+    """A path as overlay wants it among its options: commas and backslashes behind a backslash."""
+    return str(path).replace("\\", r"\\").replace(",", r"\,")

@@ -6,6 +6,7 @@ So a thread that has entered the namespace makes the sockets, and anybody in the
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import queue
@@ -35,6 +36,8 @@ class Inside:
     def __init__(self, namespace: int) -> None:
         """``namespace`` is a descriptor of /proc/PID/ns/net; it is not kept. Raises OSError."""
         self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._lock = threading.Lock()
         entered: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._live, args=(namespace, entered), daemon=True, name="inside"
@@ -55,14 +58,19 @@ class Inside:
                 done.set_exception(error)
 
     def run(self, work: Callable[[], T]) -> T:
-        """Run ``work`` inside and return what it returns."""
+        """Run ``work`` inside and return what it returns. Raises OSError after :meth:`close`."""
         done: Future[T] = Future()
-        self._work.put((work, done))
+        with self._lock:
+            if self._closed:
+                raise OSError(errno.ESHUTDOWN, "the network namespace was left")
+            self._work.put((work, done))
         return done.result()
 
     def close(self) -> None:
         """End the thread, which drops its hold on the namespace."""
-        self._work.put(None)
+        with self._lock:
+            self._closed = True
+            self._work.put(None)
         self._thread.join()
 
 

@@ -28,9 +28,10 @@ _NO_SUCH_CALL = frozenset({"io_uring_setup", "io_uring_enter", "io_uring_registe
 _NEEDS_SYS_ADMIN = frozenset(
     """add_key bpf fanotify_init fsconfig fsmount fsopen fspick keyctl lookup_dcookie mount mount_setattr
     move_mount open_tree perf_event_open pivot_root quotactl quotactl_fd request_key setdomainname sethostname
-    setns swapoff swapon syslog umount umount2 unshare userfaultfd vhangup""".split()
+    setns swapoff swapon syslog umount umount2 unshare vhangup""".split()
 )
 _SPECIAL = frozenset({"clone", "clone3"})
+_OURS = _NO_SUCH_CALL | _NEEDS_SYS_ADMIN | _SPECIAL | {"userfaultfd"}
 
 # Flags that make a namespace (clone(2)): NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET.
 _NAMESPACE_FLAGS = 0x7E020000
@@ -42,9 +43,9 @@ _ARCHES = {"x86_64": "amd64", "aarch64": "arm64"}
 def _distribution(path: Path) -> dict[str, Any]:
     try:
         profile: dict[str, Any] = json.loads(path.read_text())
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise HostError(
-            f"no seccomp profile at {path}: {error.strerror}",
+            f"no seccomp profile can be read from {path}: {error}",
             hint="install the package golang-github-containers-common (script/bootstrap does)",
         ) from None
     return profile
@@ -59,12 +60,13 @@ def profile(capabilities: frozenset[str], path: Path = PROFILE) -> dict[str, Any
     for entry in source["syscalls"]:
         if not _applies(entry, arch, capabilities):
             continue
-        names = [name for name in entry["names"] if name not in _NO_SUCH_CALL | _NEEDS_SYS_ADMIN | _SPECIAL]
+        names = [name for name in entry["names"] if name not in _OURS]
         if names:
             rules.append(_rule(names, entry["action"], entry.get("errnoRet"), entry.get("args")))
     rules.append(_rule(sorted(_NO_SUCH_CALL), "SCMP_ACT_ERRNO", _ENOSYS))
+    rules.append(_rule(["userfaultfd"], "SCMP_ACT_ERRNO", _EPERM))
     if "CAP_SYS_ADMIN" in capabilities:
-        rules.append(_rule(sorted((_NEEDS_SYS_ADMIN | _SPECIAL) - {"userfaultfd"}), "SCMP_ACT_ALLOW"))
+        rules.append(_rule(sorted(_NEEDS_SYS_ADMIN | _SPECIAL), "SCMP_ACT_ALLOW"))
     else:
         rules.append(_rule(sorted(_NEEDS_SYS_ADMIN), "SCMP_ACT_ERRNO", _EPERM))
         plain = {"index": 0, "value": _NAMESPACE_FLAGS, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}

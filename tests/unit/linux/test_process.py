@@ -1,0 +1,97 @@
+"""Processes by pid and start time, and what raw system calls say when they fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from relume.linux import process, syscall
+
+
+def test_identity_of_a_process(tmp_path: Path) -> None:
+    """(pid, start time), whatever the program is called; a zombie is gone."""
+    program = tmp_path / "a) S 1 (b"
+    program.symlink_to("/bin/sleep")
+    child = subprocess.Popen([program, "60"])
+    started = process.start_time(child.pid)
+    assert started is not None
+    assert process.alive(child.pid, started)
+    assert not process.alive(child.pid, started - 1)  # the pid was another's
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert process.start_time(child.pid) is None  # a zombie
+    child.wait()
+    assert process.start_time(child.pid) is None
+    assert not process.alive(child.pid, started)
+
+
+def test_a_signal_to_nobody_is_no_error() -> None:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    process.send(child.pid, signal.SIGTERM)
+
+
+def test_catches() -> None:
+    """SIGUSR1 is handled, SIGUSR2 ignored, SIGTERM left alone."""
+    code = (
+        "import signal, sys; signal.signal(signal.SIGUSR1, print);"
+        "signal.signal(signal.SIGUSR2, signal.SIG_IGN); print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        caught = [
+            process.catches(child.pid, each) for each in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+        ]
+        child.kill()
+    assert caught == [True, False, False]
+    assert not process.catches(child.pid, signal.SIGUSR1)
+
+
+def test_subreaper_name_and_death_with_the_parent() -> None:
+    """A middle process dies; its child, which asked for it, dies too, and we (a subreaper) get its status."""
+    code = """
+import os, signal, sys, time
+from relume.linux import process
+process.become_subreaper()
+process.set_name("a name of more than fifteen bytes")
+r, w = os.pipe()
+middle = os.fork()
+if middle == 0:
+    inner = os.fork()
+    if inner == 0:
+        process.die_with_parent(signal.SIGUSR1)
+        os.write(w, b"x")
+        time.sleep(60)
+    os.read(r, 1)
+    os.write(w, inner.to_bytes(4, "little"))
+    os._exit(0)
+os.waitpid(middle, 0)
+inner = int.from_bytes(os.read(r, 4), "little")
+_, status = os.waitpid(inner, 0)
+assert os.WTERMSIG(status) == signal.SIGUSR1, status
+print(open("/proc/self/comm").read().strip())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True
+    )
+    assert done.stdout == "a name of more \n".replace(" \n", "\n")
+
+
+def test_a_failed_call_says_which_file() -> None:
+    with pytest.raises(FileNotFoundError) as failed:
+        syscall.call(syscall.OPEN_TREE, -100, b"/nowhere", 0, what="/nowhere")
+    assert (failed.value.errno, failed.value.filename) == (errno.ENOENT, "/nowhere")
+
+
+def test_boot_id() -> None:
+    assert len(process.boot_id()) == 36
+    assert process.boot_id() == process.boot_id()
