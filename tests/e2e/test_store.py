@@ -23,6 +23,7 @@ from relume.store import (
     Region,
     RegionConfig,
     new_key_file,
+    read_from_files,
 )
 
 from .store_servers import PASSWORD, USER, FaultProxy, juicefs_gateway, localbucket, moto, url
@@ -210,7 +211,7 @@ def test_the_bytes_before_the_first_answer(bucket: str, node: Nodes, tmp_path: P
     touched = [
         PageRun("pages-1.img", first * 9 + 1, 8) for first in random.Random(3).sample(range(1700), 500)
     ]
-    a.publish_working_set(manifest, touched, source.images)
+    a.publish_working_set(manifest, touched, read_from_files(source.images))
     assert b.find("build", "platform") is not None
     fetched = b.fetch(manifest.name)
     assert fetched.pages.working_set is not None
@@ -230,7 +231,7 @@ def test_one_flipped_bit(
     a, b = node("a", url(bucket)), node("b", url(bucket))
     manifest = publish(a, checkpoint)
     if kind in ("part", "list"):
-        a.publish_working_set(manifest, [PageRun("pages-1.img", 1, 2000)], checkpoint.images)
+        a.publish_working_set(manifest, [PageRun("pages-1.img", 1, 2000)], read_from_files(checkpoint.images))
     name = manifest.name
     victim = {
         "chunk": a.objects.list("chunk")[0].name,
@@ -311,3 +312,35 @@ def test_eight_nodes_at_once_make_one_checkpoint(
     expected = (checkpoint.images / "pages-1.img").read_bytes()
     assert all((tmp_path / f"out-{at}").read_bytes() == expected for at in range(8))
     assert len(node("watcher", url(bucket)).names()) == 1
+
+
+PUBLISH = """
+import resource, sys
+from pathlib import Path
+from relume.store import *
+url, key, state, images = sys.argv[1:]
+region = Region(RegionConfig(url, Path(key), limits=Limits(parallel=4)), Path(state), "node")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with region.lease("app", "build", "platform").kept() as lease:
+    name = region.publish(lease, LocalCheckpoint("app", "build", "platform", Path(images))).name
+published = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+region.pull(name)
+print(published - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_is_bounded(bucket: str, tmp_path: Path, node: Nodes) -> None:
+    """Upload and download hold some chunks for each request in flight, whatever the checkpoint's size."""
+    images = tmp_path / "images"
+    images.mkdir()
+    noise = random.Random(1).randbytes(1 << 24)
+    with (images / "pages-1.img").open("wb") as file:
+        for at in range(30):
+            file.write(noise[at * PAGE :] + noise[: at * PAGE])
+    arguments = [url(bucket), tmp_path / "region.key", tmp_path / "nodes" / "n", images]
+    output = subprocess.run(
+        [sys.executable, "-c", PUBLISH, *map(str, arguments)], check=True, capture_output=True, text=True
+    ).stdout
+    upload_kib, both_kib = map(int, output.split())
+    assert upload_kib < 160 * 1024
+    assert both_kib < 250 * 1024

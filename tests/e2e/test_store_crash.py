@@ -51,7 +51,7 @@ def publish(build, images):
 
 def learn(manifest, images):
     runs = [PageRun("pages-1.img", 1, 2500)]
-    region.publish_working_set(manifest, runs, root / images)
+    region.publish_working_set(manifest, runs, read_from_files(root / images))
 
 layer = LayerRef(digest="d" * 64, size=(root / "layer").stat().st_size)
 region.publish_build(BuildRecord(app="app", inputs="inputs", facts={}, layers=(layer,)), {"d" * 64: root / "layer"})

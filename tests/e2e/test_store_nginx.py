@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from relume.store import LocalCheckpoint, PageRun, Patience, Region, RegionConfig, new_key_file
+from relume.store import (
+    LocalCheckpoint,
+    PageRun,
+    Patience,
+    Region,
+    RegionConfig,
+    new_key_file,
+    read_from_files,
+)
 
 from .store_servers import PASSWORD, USER, FaultProxy, free_port, localbucket, running, url
 
@@ -67,7 +75,7 @@ def test_the_second_node_reads_from_the_cache(cached: str, bucket: FaultProxy, t
     a.prove()
     with a.lease("app", "build", "platform").kept() as lease:
         manifest = a.publish(lease, LocalCheckpoint("app", "build", "platform", images))
-    a.publish_working_set(manifest, [PageRun("pages-1.img", 1, 500)], images)
+    a.publish_working_set(manifest, [PageRun("pages-1.img", 1, 500)], read_from_files(images))
 
     def gets_at_the_bucket_of(name: str) -> int:
         before = len(bucket.requests)

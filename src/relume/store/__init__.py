@@ -16,7 +16,7 @@ from relume.store.publish import LocalCheckpoint
 from relume.store.region import Region, RegionConfig
 from relume.store.source import RemoteSource
 from relume.store.upload import Limits, Progress
-from relume.store.working_set import PageRun
+from relume.store.working_set import PageRun, read_from_files
 
 __all__ = [
     "BuildRecord",
@@ -38,5 +38,6 @@ __all__ = [
     "RemotePages",
     "RemoteSource",
     "new_key_file",
+    "read_from_files",
     "rotate_key_file",
 ]

@@ -7,6 +7,7 @@ CRIU runs. The working set and the rest come through `RemotePages` while it does
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -97,8 +98,8 @@ def _enter(objects: Objects, keyring: Keyring, cache: Cache, name: CheckpointNam
             index_job = pool.submit(manifest.index.fetch, objects, name.index, Kind.INDEX)
             small_job = pool.submit(manifest.images.fetch, objects, name.images, Kind.IMAGES)
             sealed_index, sealed_small = index_job.result(), small_job.result()
-        (directory / _MANIFEST).write_bytes(sealed)
-        (directory / _INDEX).write_bytes(sealed_index)
+        _write(directory / _MANIFEST, sealed)
+        _write(directory / _INDEX, sealed_index)
         unpack_small(unseal(data_key, Kind.IMAGES, name.images, sealed_small), directory, name.images)
         streams = _streams(manifest, data_key, name, sealed_index)
         held = tuple(stream for stream in streams if stream.name == FILES_STREAM)
@@ -176,9 +177,14 @@ def _working_set(
         working_set = open_working_set(objects, keyring, name, number, sealed, streams)
         if not kept:
             beside = directory / f".{number}-{secrets.token_hex(4)}"
-            beside.write_bytes(sealed)
+            _write(beside, sealed)
             beside.rename(directory / f"{number}{_WORKING_SET}")
         return working_set
     except (StoreError, OSError, ValueError) as error:
         log.warning("no working set for %s: %s", name.id, error)
         return None
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)

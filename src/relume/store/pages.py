@@ -29,7 +29,7 @@ from relume.store._malloc import large_buffers_kept
 from relume.store.chunks import PAGE, Chunks
 from relume.store.index import Stream
 from relume.store.upload import Progress
-from relume.store.working_set import WorkingSet
+from relume.store.working_set import PageRun, WorkingSet
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,11 @@ class RemotePages:
             else:
                 (ordinal,) = file.stream.chunks_of(page, 1)
                 self._once((stream, ordinal), partial(self._fetch_chunk, file, ordinal))
+
+    def read(self, run: PageRun) -> bytes:
+        """The pages of `run`, fetched first where they are missing. Raises as `ensure`."""
+        self.ensure(run.stream, run.first, run.pages)
+        return self._files[run.stream].read(run.first, run.pages)
 
     def prefetch(self, parallel: int = 4) -> None:
         """Fetch the working set, in its order. Returns when it is there, or `close` was called."""

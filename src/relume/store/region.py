@@ -25,7 +25,7 @@ from relume.store.publish import LocalCheckpoint, publish, wait_for_sweep
 from relume.store.seen import Seen
 from relume.store.upload import Limits, Progress
 from relume.store.verify import Verdict, verify
-from relume.store.working_set import PageRun, publish_working_set, read_from_files
+from relume.store.working_set import PageRun, publish_working_set
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +94,13 @@ class Region:
         )
 
     def publish_working_set(
-        self,
-        manifest: Manifest,
-        runs: Iterable[PageRun],
-        images: Path | None = None,
-        read: Callable[[PageRun], bytes] | None = None,
+        self, manifest: Manifest, runs: Iterable[PageRun], read: Callable[[PageRun], bytes]
     ) -> int:
-        """Publish what was learned: `runs` in touch order, from whole page images in `images` or by `read`."""
-        if read is None:
-            if images is None:
-                raise ValueError("give images or read")
-            read = read_from_files(images)
+        """Publish what was learned: `runs` in touch order, no page twice; returns the number it got.
+
+        `read` gives their pages: `read_from_files(images)` for a checkpoint that is whole on this disk, else
+        `Fetched.pages.read`, which fetches what is missing. Raises StoreError.
+        """
         return publish_working_set(self.objects, self.keyring, manifest.app, manifest.name, runs, read)
 
     # Using one

@@ -229,7 +229,7 @@ def _free_numbers(objects: Objects, name: CheckpointName) -> Iterator[int]:
 
 
 def read_from_files(directory: Path) -> Callable[[PageRun], bytes]:
-    """Reads runs from complete page images in `directory`."""
+    """Reads runs from page images in `directory`, which must be whole: what is missing would be read as zeros."""
 
     def read(run: PageRun) -> bytes:
         with (directory / run.stream).open("rb", buffering=0) as file:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from relume.errors import Conflict, Superseded, Untrusted
-from relume.store import CheckpointName, LocalCheckpoint, PageRun, Region, faults
+from relume.store import CheckpointName, LocalCheckpoint, PageRun, Region, faults, read_from_files
 
 from .conftest import write_checkpoint
 
@@ -40,7 +40,9 @@ def test_a_removed_checkpoint_goes_after_the_grace_period(
 ) -> None:
     patient = node("a", grace_s=3600.0)
     manifest = patient.manifest(published(patient, checkpoint))
-    patient.publish_working_set(manifest, [PageRun("pages-1.img", 1, 100)], checkpoint.images)
+    patient.publish_working_set(
+        manifest, [PageRun("pages-1.img", 1, 100)], read_from_files(checkpoint.images)
+    )
     reader = node("reader").fetch(manifest.name)
     patient.remove(manifest.name)
     assert patient.names() == []
@@ -210,7 +212,7 @@ def test_old_leases_and_working_sets_go(node: Nodes, checkpoint: LocalCheckpoint
     for _ in range(3):
         manifest = a.manifest(published(a, checkpoint))
     for _ in range(2):
-        a.publish_working_set(manifest, [PageRun("pages-1.img", 1, 100)], checkpoint.images)
+        a.publish_working_set(manifest, [PageRun("pages-1.img", 1, 100)], read_from_files(checkpoint.images))
     assert objects(tmp_path, "lease") == 6
     assert objects(tmp_path, "working-set") == 4
     time.sleep(0.02)

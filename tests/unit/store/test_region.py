@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from relume.errors import Conflict, ObjectMissing, StoreError, Superseded, Untrusted
-from relume.store import CheckpointName, LocalCheckpoint, PageRun, Progress, Region
+from relume.store import CheckpointName, LocalCheckpoint, PageRun, Progress, Region, read_from_files
 from relume.store.chunks import PAGE
 
 from .conftest import write_checkpoint
@@ -80,7 +80,7 @@ def test_the_working_set_comes_in_few_requests(node: Nodes, tmp_path: Path) -> N
     runs = [PageRun("pages-1.img", first, 6) for first in range(5993, 0, -70)] + [
         PageRun("pages-2.img", 0, 40)
     ]
-    assert a.publish_working_set(manifest, runs, source.images) == 1
+    assert a.publish_working_set(manifest, runs, read_from_files(source.images)) == 1
     fetched = b.fetch(manifest.name)
     before, read = b.counters.requests, b.counters.bytes_read
     fetched.pages.prefetch()
@@ -98,7 +98,7 @@ def test_the_working_set_comes_in_few_requests(node: Nodes, tmp_path: Path) -> N
 def test_a_fault_in_the_working_set_asks_for_its_part_once(node: Nodes, checkpoint: LocalCheckpoint) -> None:
     a, b = node("a"), node("b")
     manifest = a.manifest(published(a, checkpoint))
-    a.publish_working_set(manifest, [PageRun("pages-1.img", 1, 600)], checkpoint.images)
+    a.publish_working_set(manifest, [PageRun("pages-1.img", 1, 600)], read_from_files(checkpoint.images))
     fetched = b.fetch(manifest.name)
     before = b.counters.requests
     threads = [
@@ -220,7 +220,7 @@ def test_one_flipped_bit_is_a_refusal(
 def test_a_bad_working_set_costs_time_only(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:
     a, b = node("a"), node("b")
     manifest = a.manifest(published(a, checkpoint))
-    a.publish_working_set(manifest, [PageRun("pages-1.img", 1, 600)], checkpoint.images)
+    a.publish_working_set(manifest, [PageRun("pages-1.img", 1, 600)], read_from_files(checkpoint.images))
     part = tmp_path / "store" / manifest.name.working_sets / "1" / "0"
     data = bytearray(part.read_bytes())
     data[-1] ^= 1
@@ -252,11 +252,18 @@ def test_what_the_cache_holds_is_not_trusted_either(node: Nodes, checkpoint: Loc
     b.pull(name)  # the damaged entry is gone
 
 
-def test_a_directory_store_is_private(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:
+def test_what_lies_on_disks_is_private(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:
     published(node("a"), checkpoint)
     assert (tmp_path / "store").stat().st_mode & 0o777 == 0o700
-    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "store").rglob("*") if path.is_file()}
-    assert modes == {0o600}
+    b = node("b")
+    b.pull(b.names()[0])
+    for place in ("store", "b"):
+        files = [
+            path for path in (tmp_path / place).rglob("*") if path.is_file() and "held" not in path.parts
+        ]
+        assert {path.stat().st_mode & 0o777 for path in files} == {0o600}, place
+    for directory in (b.cache.root, *b.cache.root.iterdir()):
+        assert directory.stat().st_mode & 0o777 == 0o700
 
 
 def test_progress_ends_at_the_end(node: Nodes, checkpoint: LocalCheckpoint) -> None:
@@ -326,7 +333,7 @@ def test_a_prefetched_working_set_needs_no_store(
     a = node("a")
     manifest = a.manifest(published(a, checkpoint))
     runs = [PageRun("pages-2.img", 5, 20), PageRun("pages-1.img", 1, 600)]
-    a.publish_working_set(manifest, runs, checkpoint.images)
+    a.publish_working_set(manifest, runs, read_from_files(checkpoint.images))
     node("b").prefetch(manifest.name)
     (tmp_path / "store").rename(tmp_path / "away")
     fetched = node("b").fetch(manifest.name)
@@ -345,3 +352,16 @@ def test_a_prefetched_working_set_needs_no_store(
     (tmp_path / "away").rename(tmp_path / "store")
     node("b").pull(manifest.name)
     assert same_pages(fetched.images, checkpoint)
+
+
+def test_a_node_that_has_not_all_pages_publishes_no_zeros(node: Nodes, checkpoint: LocalCheckpoint) -> None:
+    b = node("b")
+    fetched = b.fetch(published(node("a"), checkpoint))
+    run = PageRun("pages-1.img", 100, 50)
+    b.publish_working_set(fetched.manifest, [run], fetched.pages.read)
+    fetched.close()
+    c = node("c").fetch(fetched.manifest.name)
+    c.pages.prefetch()
+    original = (checkpoint.images / "pages-1.img").read_bytes()
+    assert c.pages.read(run) == original[100 * PAGE : 150 * PAGE]
+    c.close()
