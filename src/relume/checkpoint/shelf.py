@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import secrets
 import shutil
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 
 from relume.checkpoint.platform import Platform
 from relume.errors import NotFound
+
+_NAME = re.compile(r"cp-[A-Za-z0-9._-]{1,100}")
 
 QUARANTINE_AFTER = 2
 """Failed restores after which a checkpoint no longer counts as existing."""
@@ -81,18 +84,22 @@ class Shelf:
 
     def directory(self, checkpoint_id: str) -> Path:
         """Where a finished checkpoint lies. Raises NotFound for a name that is none of ours."""
-        if not checkpoint_id.startswith("cp-") or "/" in checkpoint_id:
+        if not _NAME.fullmatch(checkpoint_id):
             raise NotFound(f"no checkpoint {checkpoint_id!r}", hint="relume checkpoints ls shows them")
         return self.root / checkpoint_id
 
     # --- making -----------------------------------------------------------------------------------
 
     def begin(self, *, instance_id: str, app: str, build_id: str, now: float) -> tuple[Path, Intent]:
-        """A fresh directory for a checkpoint in the making."""
+        """A fresh directory for a checkpoint in the making. Raises OSError (then there is none)."""
         intent = Intent(secrets.token_hex(6), instance_id, app, build_id, now)
         directory = self.making(intent.dump_id)
         directory.mkdir(mode=0o700)
-        (directory / "intent.json").write_text(json.dumps(dataclasses.asdict(intent)))
+        try:
+            (directory / "intent.json").write_text(json.dumps(dataclasses.asdict(intent)))
+        except OSError:
+            self.abandon(intent.dump_id)
+            raise
         return directory, intent
 
     def making(self, dump_id: str) -> Path:
@@ -192,6 +199,7 @@ class Shelf:
         """Remove one; running copies of it keep what they have open. Raises NotFound."""
         directory = self.directory(checkpoint_id)
         grave = self.root / f".removing-{checkpoint_id}"
+        shutil.rmtree(grave, ignore_errors=True)  # of one that was fetched again after an interrupted removal
         try:
             directory.rename(grave)
         except FileNotFoundError:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import itertools
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from relume.engine.jobs import Container, DumpJob, DumpResult, RestoreJob
 from relume.errors import EngineError
 from relume.keeper import wire
 from relume.keeper.instance import Assignment
+
+log = logging.getLogger(__name__)
 
 SOCKET = "keeper.sock"
 
@@ -71,16 +74,24 @@ class Keeper:
         return await self.ask("hello")
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        while (message := await wire.receive(reader)) is not None:
-            if "event" in message:
-                self.on_event(message)
-            elif (future := self._replies.pop(message["seq"], None)) is not None and not future.done():
-                future.set_result(message)
-        self.lost.set()
-        for future in self._replies.values():
-            if not future.done():
-                future.set_exception(KeeperLost(f"the keeper of {self.container.instance_id} is gone"))
-        self._replies.clear()
+        try:
+            while (message := await wire.receive(reader)) is not None:
+                if "event" in message:
+                    self._hear(message)
+                elif (future := self._replies.pop(message["seq"], None)) is not None and not future.done():
+                    future.set_result(message)
+        finally:
+            self.lost.set()
+            for future in self._replies.values():
+                if not future.done():
+                    future.set_exception(KeeperLost(f"the keeper of {self.container.instance_id} is gone"))
+            self._replies.clear()
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        try:
+            self.on_event(event)
+        except Exception:  # a fault of the node's must not make it deaf to its instance
+            log.exception("%s of %s", event["event"], self.container.instance_id)
 
     async def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """One operation; raises EngineError with the keeper's words, or KeeperLost."""

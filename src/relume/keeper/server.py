@@ -19,6 +19,9 @@ from relume.sidecar import Answer
 _GRACE_AFTER_EXIT = 10.0
 """How long, in seconds, a keeper stays to tell a connected node of the end before it goes."""
 
+_GRACE_BEFORE_NODE = 60.0
+"""How long, in seconds, a keeper waits for the node that started it: that may have died at once."""
+
 
 class Server:
     """Serves one instance on one unix socket."""
@@ -34,9 +37,14 @@ class Server:
         """Serve until the instance is over or, before it has an app, until the node is gone."""
         server = await asyncio.start_unix_server(self._connected, self._path, limit=wire.LINE_LIMIT)
         self._path.chmod(0o600)
+        asyncio.get_running_loop().call_later(_GRACE_BEFORE_NODE, self._leave_unless_wanted)
         await self._instance.warm_up()
         await self._over.wait()
         server.close()
+
+    def _leave_unless_wanted(self) -> None:
+        if self._writer is None and self._instance.phase == "spare":
+            self._over.set()
 
     def _notify(self, event: dict[str, Any]) -> None:
         if self._writer is not None:

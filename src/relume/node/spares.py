@@ -28,9 +28,12 @@ class Spares:
         self._count = count
         self._ready: list[Keeper] = []
         self._making: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def refill(self) -> None:
         """Make what is missing, in the background."""
+        if self._closed:
+            return
         for _ in range(self._count - len(self._ready) - len(self._making)):
             task = asyncio.create_task(self._add())
             self._making.add(task)
@@ -72,12 +75,18 @@ class Spares:
             ),
             _unheard,
         )
-        await Keeper.spawn(keeper.container)
-        await keeper.connect()
+        try:
+            await Keeper.spawn(keeper.container)
+            await keeper.connect()
+        except BaseException:  # one that does come up late goes by itself: nobody connects to it
+            await keeper.close()
+            self._ground.clear(places, instance_id)
+            raise
         return keeper
 
     async def close(self) -> None:
-        """End those that wait, and take their ground away."""
+        """End those that wait, and take their ground away; none is made any more."""
+        self._closed = True
         for task in self._making:
             task.cancel()
         await asyncio.gather(*self._making, return_exceptions=True)

@@ -21,6 +21,8 @@ from relume.runc.spec import ID_COUNT
 
 _FIRST_ID = 8 * ID_COUNT
 """Below are the host's own users and what /etc/subuid hands out first; ranges go up from here."""
+_LAST_ID = (1 << 32) - ID_COUNT
+"""The range from here on would hold 4294967295, which stands for "no id" (chown(2))."""
 
 _SCHEMA = """
 create table if not exists meta (key text primary key, value text not null);
@@ -93,7 +95,7 @@ class State:
     def ensure_app(self, name: str) -> App:
         """The app, made with an id range of its own if it is new."""
         taken = {row[0] for row in self._db.execute("select id_base from apps")}
-        base = next(base for base in range(_FIRST_ID, 1 << 32, ID_COUNT) if base not in taken)
+        base = next(base for base in range(_FIRST_ID, _LAST_ID, ID_COUNT) if base not in taken)
         self._db.execute("insert or ignore into apps values (?, null, ?, '', ?)", (name, base, time.time()))
         return self.app(name)
 
