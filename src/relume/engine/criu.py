@@ -22,6 +22,7 @@ from typing import Any
 from relume.engine import held
 from relume.engine.gate import Gate
 from relume.engine.jobs import Container, DumpJob, DumpResult, RestoreJob
+from relume.engine.lazy_pages import DAEMON, LazyPages
 from relume.engine.network import Network
 from relume.engine.paging import PagerProcess
 from relume.engine.stdio import Sink, Stdio
@@ -59,7 +60,7 @@ class Criu:
         self._hook = Gate(self._directory, "hook")
         self._hook.write_hook()
         self._stdio: Stdio | None = None
-        self.pager: PagerProcess | None = None
+        self.pager: PagerProcess | LazyPages | None = None
         self.network: Network | None = None
         self.pid = 0
         self.owner = 0
@@ -89,6 +90,9 @@ class Criu:
         return await self._bring_up(arguments, wait_for_way_out=job.needs_network)
 
     async def _page(self, job: dict[str, Any]) -> None:
+        if job.get("daemon") == DAEMON:
+            await self._drop_pager()
+            self.pager = await LazyPages.spawn(Path(self._container.criu), job)
         await self.warm_up()
         assert self.pager is not None
         self.pager.on_death = self._pager_died

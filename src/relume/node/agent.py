@@ -29,6 +29,9 @@ from relume.runc import Runc, find_criu, find_runc
 
 log = logging.getLogger(__name__)
 
+MEMORIES = ("paged", "unlearned", "eager", "criu")
+"""How a copy's memory may come (Lifecycle.start); all but the first are for comparison."""
+
 _APP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -151,8 +154,8 @@ class Node:
     async def start(
         self, app: str, *, restore: bool, environment: Mapping[str, str], memory: str = "paged"
     ) -> Started:
-        if memory not in ("paged", "unlearned", "eager"):
-            raise BadRequest(f"memory is paged, unlearned or eager, not {memory!r}")
+        if memory not in MEMORIES:
+            raise BadRequest(f"memory is one of {', '.join(MEMORIES)}, not {memory!r}")
         return await self.lifecycle.start(
             self._build_of(app), restore_wanted=restore, environment=environment, memory=memory
         )

@@ -15,6 +15,7 @@ from relume.build import Build
 from relume.checkpoint.restore import FIRST_LINE, Restoration
 from relume.checkpoint.shelf import Checkpoint, Shelf
 from relume.engine import criulog
+from relume.engine.lazy_pages import DAEMON
 from relume.errors import EngineError, PagerError
 from relume.keeper.instance import Assignment
 from relume.node.ground import Ground
@@ -95,7 +96,8 @@ class BringUp:
         restoration = self._restoration(instance, checkpoint)
         try:
             pager = self._pager_job(instance, restoration, memory)
-            await asyncio.to_thread(self._lay_copy, instance, restoration, verify_pages=pager is None)
+            verify = pager is None or pager.get("daemon") == DAEMON  # ours verifies what it hands out
+            await asyncio.to_thread(self._lay_copy, instance, restoration, verify_pages=verify)
             trace.mark("layer")
             await self._assign(instance, environment, first_line=FIRST_LINE)
             trace.mark("keeper")
@@ -173,8 +175,10 @@ class BringUp:
             work=instance.places.criu_work,
             cgroup=instance.places.cgroup,
             fill=settings.fill,
-            learn=memory not in ("unlearned", "criu"),
+            learn=memory != "unlearned",
         )
+        if memory == "criu":
+            return {"daemon": DAEMON, "images": job["images"], "work_dir": job["work_dir"]}
         if memory == "prepared":
             # It waits for somebody, not for pages: nothing is learned of it, and the fill waits for its answer.
             job |= {"record": None, "record_limit_s": _NEVER}
