@@ -387,16 +387,15 @@ class CheckpointPolicy(Table):
         int, Field(ge=0, le=2**40), Key("bytes; a larger held file fails the checkpoint")
     ] = 1_000_000_000
     prepared: Annotated[
-        int, Field(ge=0, le=64), Key("instances restored ahead of need: none yet", "accepted", matches=(0,))
+        int,
+        Field(ge=0, le=64),
+        Key("instances restored ahead of need and held before their first instruction"),
     ] = 0
     prepared_fill: Annotated[
-        Literal["working-set", "none"],
-        Key("what a prepared instance already has in memory: there is none yet", "accepted"),
+        Literal["working-set", "none"], Key("what a prepared instance already has in memory")
     ] = "working-set"
     prepared_max_age_s: Annotated[
-        int,
-        Field(ge=1, le=86400),
-        Key("seconds until a prepared instance is made anew: there is none yet", "accepted"),
+        int, Field(ge=1, le=86400), Key("seconds until a prepared instance is made anew")
     ] = 300
 
 

@@ -111,7 +111,7 @@ class Lifecycle:
         self.prepared = Prepared(
             current=self._to_prepare,
             prepare=self.prepare,
-            discard=lambda instance: self._discard(instance, "exited"),
+            discard=self._forget,
         )
         self._tasks: set[asyncio.Task[Any]] = set()
         self.instances: dict[str, Instance] = {}
@@ -129,7 +129,7 @@ class Lifecycle:
         """A ready instance of ``build``. Raises StartFailed when even the cold boot fails.
 
         ``memory`` is how a copy's memory comes: "paged" (replaying and learning), "unlearned" (paged, without
-        either) or "eager"; the last two are for comparison.
+        either), "eager", or "criu" (paged by CRIU's own daemon); all but the first are for comparison.
         """
         trace = Trace()
         reason, checkpoint = self.choose(build, restore_wanted=restore_wanted)
@@ -422,6 +422,12 @@ class Lifecycle:
         await instance.keeper.end()
         await instance.keeper.close()
         self.prune(instance.build.app, _KEEP_ENDED)
+
+    async def _forget(self, instance: Instance) -> None:
+        """Remove a prepared instance that nobody took; it never ran, so there is nothing to remember of it."""
+        await self._discard(instance, "exited")
+        shutil.rmtree(instance.places.kept, ignore_errors=True)
+        self._state.forget_instance(instance.instance_id)
 
     # --- stop -------------------------------------------------------------------------------------
 

@@ -1,0 +1,77 @@
+"""Prepared instances: restored ahead of need, one signal away from their first answer."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from harness import SNIPPET, App, Relume, get, until
+
+PREPARED = "[relume.checkpoint]\nprepared = 1\n"
+
+
+def prepared(relume: Relume, app: App) -> list[dict[str, Any]]:
+    return [row for row in relume.ps(app.name) if row["state"] == "prepared"]
+
+
+def test_a_start_takes_a_prepared_instance(relume: Relume, app: App) -> None:
+    app.write(
+        f"""
+TICKS = []
+def tick():
+    while True:
+        TICKS.append(time.monotonic())
+        time.sleep(0.05)
+threading.Thread(target=tick, daemon=True).start()
+import subprocess
+stopped = subprocess.Popen(["sleep", "1000"])
+os.kill(stopped.pid, 19)
+time.sleep(0.3)
+ACTIONS["child"] = lambda _: open(f"/proc/{{stopped.pid}}/stat").read().split(")")[1].split()[0]
+ACTIONS["ticks"] = lambda _: len(TICKS)
+{SNIPPET}
+serve()
+""",
+        extra=PREPARED,
+    )
+    relume.deploy(app.directory)
+    first = relume.start(app.name, "--env", "COLOUR=red")
+    (waiting,) = until(lambda: prepared(relume, app), what="nothing was prepared")
+    before = get(first, "/ticks")
+    time.sleep(1)
+
+    began = time.monotonic()
+    taken = relume.start(app.name, "--env", "COLOUR=blue")
+    seconds = time.monotonic() - began
+    assert taken["instance_id"] == waiting["instance_id"]
+    assert taken["restored"]
+    assert taken["memory"] == "prepared"
+    assert relume.logs(taken["instance_id"]).startswith(
+        "CEREBRIUM_RESTORED: container restored from checkpoint\nRESTORED\n"
+    )
+    assert get(taken, "/env")["COLOUR"] == "blue"
+    assert get(taken, "/ticks") < before + 30, "it stood still while it was prepared"
+    assert get(taken, "/child") == "T", "what was stopped in the image stays stopped"
+    assert get(first, "/child") == "T"
+    assert seconds < 5
+
+    (another,) = until(lambda: prepared(relume, app), what="no other was prepared behind it")
+    assert another["instance_id"] != waiting["instance_id"]
+    relume.run("stop", app.name)
+    assert prepared(relume, app) == []
+    time.sleep(2)
+    assert prepared(relume, app) == [], "a stopped app has nothing prepared"
+
+
+def test_it_gives_way_to_a_new_build_and_to_age(relume: Relume, app: App) -> None:
+    app.write(f"{SNIPPET}\nserve()", extra=PREPARED + "prepared_max_age_s = 2\n")
+    relume.deploy(app.directory)
+    relume.start(app.name)
+    (old,) = until(lambda: prepared(relume, app))
+    until(lambda: [row for row in prepared(relume, app) if row["instance_id"] != old["instance_id"]])
+    app.write(f"VERSION = 2\n{SNIPPET}\nserve()", extra=PREPARED)
+    build = relume.deploy(app.directory)["build_id"]
+    until(lambda: prepared(relume, app) == [], what="one of the old build waits")
+    relume.start(app.name)
+    (new,) = until(lambda: prepared(relume, app))
+    assert new["build_id"] == build
