@@ -113,12 +113,18 @@ class Verifier:
         self._runtime = _of_this_boot(runtime) if runtime else None
 
     def check_small(self) -> None:
-        """Compares every small image with its recorded hash. Raises Untrusted, ImageError when one is missing."""
-        present = {path.name for path in _images(self._directory) if not _is_pages(path.name)}
-        if missing := sorted(self._record.files.keys() - present):
+        """Compares every small image with its recorded hash, and the pages files with their recorded size.
+
+        Raises Untrusted; ImageError when a file is missing or a pages file has another size.
+        """
+        present = {path.name for path in _images(self._directory)}
+        recorded = self._record.files.keys() | self._record.pages.keys()
+        if missing := sorted(recorded - present):
             raise ImageError(f"{self._directory}: {missing[0]} is missing", hint=_REMEDY)
-        if surplus := sorted(present - self._record.files.keys()):
+        if surplus := sorted(present - recorded):
             raise Untrusted(f"{self._directory}: {surplus[0]} is not in the record", hint=_REMEDY)
+        for name, (size, _) in self._record.pages.items():
+            _check_size(self._directory / name, size)
         for name, (_, digest) in self._record.files.items():
             path = self._directory / name
             with self._memory(path, 1) as seen:
@@ -133,8 +139,7 @@ class Verifier:
         if known is None:
             raise ImageError(f"{path}: is not in the record", hint=_REMEDY)
         size, blocks = known
-        if (now := path.stat().st_size) != size:
-            raise ImageError(f"{path}: is short or long, {now} bytes instead of {size}", hint=_REMEDY)
+        _check_size(path, size)
         return PagesVerifier(path, blocks, self._memory(path, len(blocks)))
 
     def _memory(self, path: Path, count: int) -> _Memory:
@@ -220,6 +225,11 @@ def _of_this_boot(runtime: Path) -> Path:
 
 def _images(directory: Path) -> Iterator[Path]:
     return (path for path in directory.glob("*.img") if path.is_file())
+
+
+def _check_size(path: Path, size: int) -> None:
+    if (now := path.stat().st_size) != size:
+        raise ImageError(f"{path}: is short or long, {now} bytes instead of {size}", hint=_REMEDY)
 
 
 def _is_pages(name: str) -> bool:
