@@ -64,15 +64,15 @@ class Torture:
         """A made-up one: half of the image, in random order, so that the replay meets every event."""
         rng = random.Random(seed)
         pagemaps = [read_pagemap(self.checkpoint.images, pid) for pid in self.checkpoint.pids]
-        pieces = []
+        pieces: list[Piece] = []
         for pagemap in pagemaps:
             pages_id = int(pagemap.pages.stem.rpartition("-")[2])
-            for extent in pagemap.lazy:
-                for offset in range(extent.offset, extent.offset + extent.length, 1 << 18):
-                    if rng.random() < 0.5:
-                        pieces.append(
-                            Piece(pages_id, offset, min(1 << 18, extent.offset + extent.length - offset))
-                        )
+            pieces += [
+                Piece(pages_id, offset, min(1 << 18, extent.offset + extent.length - offset))
+                for extent in pagemap.lazy
+                for offset in range(extent.offset, extent.offset + extent.length, 1 << 18)
+                if rng.random() < 0.5
+            ]
         rng.shuffle(pieces)
         images = {int(each.pages.stem.rpartition("-")[2]): each.pages_bytes for each in pagemaps}
         path = self.folder / f"set-{seed}"

@@ -164,7 +164,10 @@ class Replay:
 
 
 def bring(space: AddressSpace, wanted: Range, pace: Pace) -> int:
-    """Copies ``wanted`` in steps, as far as it is pending; returns the bytes. Gives up where the layout keeps changing."""
+    """Copies ``wanted`` in steps, as far as it is pending; returns the bytes copied.
+
+    Leaves out what keeps changing: the fill, or a fault, brings that in.
+    """
     copied = 0
     position = wanted.start
     retries = 0
@@ -208,7 +211,7 @@ class Fill:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _FILL_NICE)
                 while True:
                     self._nudge.clear()
-                    while any([self._fill(space) for space in spaces()]):
+                    while sum(self._fill(space) for space in spaces()):
                         pass
                     self._nudge.wait()
             except BaseException as error:

@@ -192,10 +192,10 @@ def kill_instance(group: str | None, pids: list[tuple[int, int]]) -> None:
 def _userfaultfds() -> list[int]:
     """The descriptors of this process that are userfaultfds."""
     found = []
-    for name in os.listdir("/proc/self/fd"):
+    for entry in Path("/proc/self/fd").iterdir():
         try:
-            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[userfaultfd]":
-                found.append(int(name))
+            if str(entry.readlink()) == "anon_inode:[userfaultfd]":
+                found.append(int(entry.name))
         except FileNotFoundError:
             continue
     return found
@@ -206,20 +206,19 @@ def _family(pids: list[tuple[int, int]]) -> set[int]:
     roots = {pid for pid, started in pids if process.start_time(pid) in (started, None)}
     found = {pid for pid, started in pids if process.alive(pid, started)}
     parents: dict[int, int] = {}
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
+    for entry in Path("/proc").glob("[0-9]*"):
         try:
-            stat = Path("/proc", name, "stat").read_bytes()
+            stat = (entry / "stat").read_bytes()
         except OSError:
             continue
+        pid = int(entry.name)
         # After the command: state, ppid, pgrp, session (proc_pid_stat(5)).
         state, parent, leader, session = stat[stat.rindex(b")") + 2 :].split()[:4]
         if state in (b"Z", b"X"):
             continue
-        parents[int(name)] = int(parent)
+        parents[pid] = int(parent)
         if int(leader) in roots or int(session) in roots:
-            found.add(int(name))
+            found.add(pid)
     grown = True
     while grown:
         more = {pid for pid, parent in parents.items() if parent in found and pid not in found}

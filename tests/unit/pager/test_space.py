@@ -1,0 +1,382 @@
+"""AddressSpace against a kernel and an app in miniature: any order of events, faults, copies, any moment.
+
+The miniature keeps, per page, what the app must see, and refuses copies as the kernel does while an event is
+queued. What the pager makes of it must never show the app anything else than what it is owed.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from relume.errors import PagerError
+from relume.linux.userfaultfd import Fault, Fork, Message, Remap, Remove, Unmap
+from relume.pager import space as module
+from relume.pager.ranges import Range, RangeMap
+from relume.pager.space import AddressSpace, Served
+
+PAGE = 4096
+PAGES = 40
+BASE = 0x100
+"""The first page number of the image's memory; moves go above it."""
+
+ZERO = -1
+"""The content "reads as zeros"; any other is a page number in the pages file."""
+
+
+class Memory:
+    """One process: mapped pages, which of them are present, and what the app is owed at each."""
+
+    def __init__(self) -> None:
+        self.mapped: set[int] = set()
+        self.present: dict[int, int] = {}
+        self.owed: dict[int, int] = {}
+        self.events: deque[Message] = deque()
+        self.changing = False
+        self.dead = False
+        self.boundaries: set[int] = set()
+
+    def fork(self) -> Memory:
+        child = Memory()
+        child.mapped, child.present, child.owed = set(self.mapped), dict(self.present), dict(self.owed)
+        child.boundaries = set(self.boundaries)
+        return child
+
+
+class Kernel:
+    """userfaultfd calls as relume.linux.userfaultfd has them, over :class:`Memory`; sources are page numbers."""
+
+    def __init__(self) -> None:
+        self.memories: dict[int, Memory] = {}
+
+    def read(self, descriptor: int, limit: int = 64) -> list[Message]:
+        memory = self.memories[descriptor]
+        found = list(memory.events)
+        memory.events.clear()
+        memory.changing = False
+        return found
+
+    def copy(self, descriptor: int, destination: int, source: int, length: int) -> tuple[int, int]:
+        return self._give(descriptor, destination, length, source // PAGE)
+
+    def zero(self, descriptor: int, start: int, length: int) -> tuple[int, int]:
+        return self._give(descriptor, start, length, None)
+
+    def wake(self, descriptor: int, start: int, length: int) -> None:
+        pass
+
+    def alive(self, descriptor: int) -> bool:
+        return not self.memories[descriptor].dead
+
+    def _give(self, descriptor: int, start: int, length: int, source: int | None) -> tuple[int, int]:
+        memory = self.memories[descriptor]
+        pages = range(start // PAGE, (start + length) // PAGE)
+        if memory.dead:
+            return 0, errno.ESRCH
+        if memory.changing:
+            return 0, errno.EAGAIN
+        crossed = memory.boundaries & set(pages[1:])
+        if crossed or not memory.mapped.issuperset(pages):
+            return 0, errno.ENOENT
+        for count, page in enumerate(pages):
+            if page in memory.present:
+                return (count * PAGE, 0) if count else (0, errno.EEXIST)
+            memory.present[page] = ZERO if source is None else source + count
+        return length, 0
+
+
+class Source:
+    """Every byte of the pages file lies at the address that is its offset."""
+
+    def ready(self, offset: int, length: int) -> bool:
+        return True
+
+    def prefetch(self, offset: int, length: int) -> None:
+        pass
+
+    def load(self, offset: int, length: int) -> int:
+        return offset
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def kernel() -> Iterator[Kernel]:
+    """The miniature in the place of the real calls."""
+    made = Kernel()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "userfaultfd", made)
+        yield made
+
+
+def restored(made: Kernel, pages: range = range(PAGES)) -> AddressSpace:
+    """A process whose memory is ``pages``, nothing of it present."""
+    memory = made.memories[3] = Memory()
+    memory.mapped = {BASE + page for page in range(PAGES)}
+    memory.owed = {BASE + page: page if page in pages else ZERO for page in range(PAGES)}
+    ranges = [Range((BASE + page) * PAGE, (BASE + page + 1) * PAGE, page * PAGE) for page in pages]
+    return AddressSpace(
+        name="1",
+        descriptor=3,
+        pages_id=1,
+        pending=RangeMap(ranges),
+        layout=RangeMap(Range(page * PAGE, (page + 1) * PAGE, (BASE + page) * PAGE) for page in pages),
+        source=Source(),
+    )
+
+
+page_numbers = st.integers(0, PAGES - 1)
+counts = st.integers(1, 12)
+
+
+class Life(RuleBasedStateMachine):
+    """A process and its children, under the pager, in any order of events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._context = kernel()
+        self.kernel = self._context.__enter__()
+        self.spaces = [restored(self.kernel, range(0, PAGES, 1))]
+        self.next_place = BASE + 10 * PAGES
+
+    def teardown(self) -> None:
+        self.settle()
+        for space in self.spaces:
+            memory = self.kernel.memories[space.descriptor]
+            while (wanted := space.next_pending(0)) is not None and not space.dead:
+                space.bring(wanted)
+            for page in [] if memory.dead else memory.mapped:
+                assert self._sees(space, page) == memory.owed[page], hex(page)
+        self._context.__exit__(None, None, None)
+
+    def _pick(self, which: int) -> tuple[AddressSpace, Memory]:
+        space = self.spaces[which % len(self.spaces)]
+        return space, self.kernel.memories[space.descriptor]
+
+    def _pages(self, memory: Memory, page: int, count: int) -> list[int]:
+        """Up to ``count`` neighbouring mapped pages."""
+        mapped = sorted(memory.mapped)
+        first = mapped[page % len(mapped)]
+        found = [first]
+        while len(found) < count and found[-1] + 1 in memory.mapped:
+            found.append(found[-1] + 1)
+        return found
+
+    def _sees(self, space: AddressSpace, page: int) -> int:
+        """What the app reads at ``page``: a fault, if it is missing, until it is served."""
+        memory = self.kernel.memories[space.descriptor]
+        if page not in memory.present:
+            memory.events.appendleft(Fault(page * PAGE))
+            for _ in range(10):
+                self.deliver(space)
+                for address in list(space.waiting):
+                    if space.serve(address) is not Served.LATER:
+                        space.waiting.discard(address)
+                if page in memory.present:
+                    break
+        return memory.present[page]
+
+    def deliver(self, space: AddressSpace) -> None:
+        self.spaces += space.read()
+
+    def settle(self) -> None:
+        for space in list(self.spaces):
+            self.deliver(space)
+
+    def _quiet(self, space: AddressSpace) -> None:
+        """The thread that causes an event waits for its reading; so does, here, the next one."""
+        if self.kernel.memories[space.descriptor].changing:
+            self.deliver(space)
+
+    @rule(which=st.integers(0, 9), page=page_numbers)
+    def look(self, which: int, page: int) -> None:
+        space, memory = self._pick(which)
+        if memory.mapped and not memory.dead:
+            number = self._pages(memory, page, 1)[0]
+            assert self._sees(space, number) == memory.owed[number]
+
+    @rule(which=st.integers(0, 9), page=page_numbers, count=counts)
+    def bring(self, which: int, page: int, count: int) -> None:
+        """Replay and fill, at any time, events unread or not; where the page was at the dump."""
+        space, _ = self._pick(which)
+        for wanted in space.locate(page * PAGE, min(count, PAGES - page) * PAGE):
+            space.bring(wanted)
+
+    @rule(which=st.integers(0, 9), page=page_numbers, count=counts)
+    def give_up(self, which: int, page: int, count: int) -> None:
+        space, memory = self._pick(which)
+        if not memory.mapped or memory.dead:
+            return
+        self._quiet(space)
+        pages = self._pages(memory, page, count)
+        memory.events.append(Remove(pages[0] * PAGE, (pages[-1] + 1) * PAGE))
+        memory.changing = True
+        for number in pages:  # zapped once the event is read: nothing can come in before, nothing is seen
+            memory.present.pop(number, None)
+            memory.owed[number] = ZERO
+
+    @rule(which=st.integers(0, 9), page=page_numbers, count=counts)
+    def unmap(self, which: int, page: int, count: int) -> None:
+        space, memory = self._pick(which)
+        if len(memory.mapped) < 16 or memory.dead:
+            return
+        self._quiet(space)
+        pages = self._pages(memory, page, count)
+        for number in pages:
+            memory.mapped.discard(number)
+            memory.present.pop(number, None)
+            memory.owed.pop(number, None)
+        memory.events.append(Unmap(pages[0] * PAGE, (pages[-1] + 1) * PAGE))
+        memory.changing = True
+
+    @rule(which=st.integers(0, 9), page=page_numbers, count=counts, unmap_first=st.booleans())
+    def move(self, which: int, page: int, count: int, unmap_first: bool) -> None:
+        space, memory = self._pick(which)
+        if not memory.mapped or memory.dead:
+            return
+        self._quiet(space)
+        pages = self._pages(memory, page, count)
+        shift = self.next_place - pages[0]
+        self.next_place += 50
+        for number in pages:
+            memory.mapped.discard(number)
+            memory.mapped.add(number + shift)
+            memory.owed[number + shift] = memory.owed.pop(number)
+            if number in memory.present:
+                memory.present[number + shift] = memory.present.pop(number)
+        low, high = pages[0] * PAGE, (pages[-1] + 1) * PAGE
+        memory.events.append(Remap(low, low + shift * PAGE, high - low))
+        memory.events.append(Unmap(low, high))
+        if unmap_first:
+            # Another thread unmapped what lay at the destination just before, and is heard of only now.
+            memory.events.append(Unmap(low + shift * PAGE, high + shift * PAGE))
+        memory.changing = True
+
+    @rule(which=st.integers(0, 9), page=page_numbers)
+    def protect(self, which: int, page: int) -> None:
+        """mprotect(2) splits a mapping and tells nobody."""
+        _, memory = self._pick(which)
+        memory.boundaries ^= {BASE + page}
+
+    @precondition(lambda self: len(self.spaces) < 6)
+    @rule(which=st.integers(0, 9))
+    def fork(self, which: int) -> None:
+        space, memory = self._pick(which)
+        if memory.dead:
+            return
+        self._quiet(space)
+        descriptor = 100 + len(self.kernel.memories)
+        self.kernel.memories[descriptor] = memory.fork()
+        memory.events.append(Fork(descriptor))
+        memory.changing = True
+        self.deliver(space)
+
+    @precondition(lambda self: len(self.spaces) > 1)
+    @rule(which=st.integers(0, 9))
+    def end(self, which: int) -> None:
+        _, memory = self._pick(which)
+        memory.dead = True
+
+    @rule()
+    def deliver_all(self) -> None:
+        self.settle()
+
+    @invariant()
+    def nothing_wrong_is_present(self) -> None:
+        for space in self.spaces:
+            memory = self.kernel.memories[space.descriptor]
+            for page, content in memory.present.items():
+                assert content == memory.owed[page], f"{space.name}: page {page:#x}"
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def test_faults_going_upwards_bring_more_each_time() -> None:
+    with kernel() as made:
+        space = restored(made)
+        brought: list[int] = []
+        space.on_copy = lambda _, offset, length: brought.append(length // PAGE)
+        space.serve(BASE * PAGE)
+        space.serve((BASE + 16) * PAGE)
+        assert brought == [16, 24]
+
+
+def test_a_copy_across_mappings_is_split() -> None:
+    with kernel() as made:
+        space = restored(made)
+        made.memories[3].boundaries = {BASE + 3, BASE + 7, BASE + 8}
+        outcome, copied = space.bring(Range(BASE * PAGE, (BASE + PAGES) * PAGE, 0))
+        assert (outcome, copied) == (Served.DONE, PAGES * PAGE)
+        assert space.complete
+
+
+def test_before_criu_is_done_a_missing_registration_is_not_an_end() -> None:
+    with kernel() as made:
+        space = restored(made)
+        space.restored = False
+        mapped, made.memories[3].mapped = made.memories[3].mapped, set()
+        assert space.bring(Range(BASE * PAGE, (BASE + 4) * PAGE, 0)) == (Served.LATER, 0)
+        assert space.pending.total == PAGES * PAGE
+        made.memories[3].mapped = mapped
+        assert space.bring(Range(BASE * PAGE, (BASE + 4) * PAGE, 0)) == (Served.DONE, 4 * PAGE)
+
+
+def test_a_child_gets_zeros_where_the_parent_said_so() -> None:
+    with kernel() as made:
+        space = restored(made)
+        space.wiped = RangeMap([Range((BASE + 4) * PAGE, (BASE + 8) * PAGE, 0)])
+        made.memories[9] = made.memories[3].fork()
+        made.memories[3].events.append(Fork(9))
+        (child,) = space.read()
+        assert child.pending.total == (PAGES - 4) * PAGE
+        assert child.serve((BASE + 5) * PAGE) is Served.DONE
+        assert made.memories[9].present[BASE + 5] == ZERO
+        assert space.pending.total == PAGES * PAGE
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(errno.EAGAIN, Served.LATER), (errno.ESRCH, Served.GONE), (errno.ENOMEM, Served.LATER)],
+)
+def test_what_an_error_means(error: int, outcome: Served) -> None:
+    with kernel() as made:
+        space = restored(made)
+        made.copy = lambda *_: (0, error)  # type: ignore[method-assign]
+        assert space.serve(BASE * PAGE) is outcome
+        assert space.pending.total == (0 if outcome is Served.GONE else PAGES * PAGE) or space.dead
+
+
+def test_enospc_of_the_living_and_of_the_dead() -> None:
+    for dead in (True, False):
+        with kernel() as made:
+            space = restored(made)
+            made.copy = lambda *_: (0, errno.ENOSPC)  # type: ignore[method-assign]
+            made.memories[3].dead = dead
+            assert space.serve(BASE * PAGE) is (Served.GONE if dead else Served.LATER)
+
+
+def test_memory_that_stays_short_is_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with kernel() as made:
+        space = restored(made)
+        made.copy = lambda *_: (0, errno.ENOMEM)  # type: ignore[method-assign]
+        monkeypatch.setattr(module, "_MEMORY_PATIENCE_SECONDS", 0.0)
+        with pytest.raises(PagerError, match="Cannot allocate memory"):
+            space.serve(BASE * PAGE)
+
+
+def test_an_unreadable_source_is_an_end() -> None:
+    with kernel() as made:
+        space = restored(made)
+        made.copy = lambda *_: (0, errno.EFAULT)  # type: ignore[method-assign]
+        with pytest.raises(PagerError, match="Bad address"):
+            space.serve(BASE * PAGE)
