@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Make docs/compat-apps.md from the results that tests/e2e/test_apps.py left: ``tests/apps/report.py``."""
 
 from __future__ import annotations
