@@ -298,7 +298,7 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestLife.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 
 
 def test_faults_going_upwards_bring_more_each_time() -> None:

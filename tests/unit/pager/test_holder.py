@@ -1,0 +1,100 @@
+"""The holder: shares descriptors with the pager, and what it does when the pager ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+SCRIPT = """
+import os, sys, signal
+from relume.pager.holder import hold
+mode, victim = sys.argv[1], int(sys.argv[2])
+def pager(board):
+    board.arm(None)
+    board.add(victim)
+    # Opened here, after the clone: the holder must have it too.
+    os.dup2(os.open("/dev/zero", os.O_RDONLY), 77)
+    if mode == "complete":
+        board.disarm()
+        return 0
+    if mode == "error":
+        raise ValueError("bad page")
+    if mode == "explained":
+        board.explain("the disk fails")
+        return 3
+    os.kill(os.getpid(), signal.SIGKILL)
+def report(reason):
+    print(reason, os.path.exists("/proc/self/fd/77"), flush=True)
+sys.exit(hold(pager, report))
+"""
+
+
+def _run(mode: str) -> tuple[int, str, bool]:
+    """(exit status, what the holder reported, whether the instance is alive)."""
+    victim = subprocess.Popen(["sleep", "60"])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, mode, str(victim.pid)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+            timeout=20,
+        )
+        return done.returncode, done.stdout.strip(), victim.poll() is None
+    finally:
+        victim.kill()
+        victim.wait()
+
+
+def test_a_killed_pager_ends_the_instance_while_its_descriptors_stay() -> None:
+    assert _run("killed") == (1, "the pager was killed by signal 9 True", False)
+
+
+def test_an_error_ends_the_instance() -> None:
+    assert _run("error") == (1, "ValueError: bad page True", False)
+
+
+def test_the_reason_is_the_pagers() -> None:
+    assert _run("explained") == (1, "the disk fails True", False)
+
+
+def test_a_complete_instance_lives_on() -> None:
+    assert _run("complete") == (0, "", True)
+
+
+def test_a_pager_that_is_not_needed_ends_quietly() -> None:
+    ours, theirs = socket.socketpair()
+    process = _start(theirs)
+    ours.close()
+    assert process.wait(20) == 0
+
+
+def test_images_that_are_not_there(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    process = _start(theirs)
+    with ours:
+        ours.sendall(json.dumps({"images": str(tmp_path), "work_dir": str(tmp_path)}).encode() + b"\n")
+        received = b""
+        while part := ours.recv(4096):
+            received += part
+        events = [json.loads(line) for line in received.splitlines()]
+    assert [event["event"] for event in events] == ["listening", "failed"]
+    assert "pstree.img" in events[-1]["reason"]
+    assert process.wait(20) == 1
+
+
+def _start(control: socket.socket) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "relume.pager", "--control", str(control.fileno())],
+        pass_fds=[control.fileno()],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        stderr=subprocess.DEVNULL,
+    )
+    control.close()
+    return process
