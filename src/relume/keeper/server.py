@@ -41,6 +41,8 @@ class Server:
         await self._instance.warm_up()
         await self._over.wait()
         server.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _leave_unless_wanted(self) -> None:
         if self._writer is None and self._instance.phase == "spare":
