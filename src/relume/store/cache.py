@@ -3,7 +3,8 @@
 An entry is a directory that appears by rename when its small files are in place. Its page images are sparse
 files with the layout of CRIU's own, which fill as pages come; a page is trusted only after its chunk's hash was
 computed from what lies on the disk (`pages`), so a crash at any point, a power cut included, costs a second
-fetch and never a wrong byte. A whole entry says so with the marker `complete`, written after fsync.
+fetch and never a wrong byte. A whole entry says so with the marker `complete`, written after fsync. The small files
+of one that is not whole are trusted until the machine's next boot only (`boot`): they were not synced.
 
 Eviction takes the entry that was used longest ago and that nobody pins. A pin is a shared flock on the entry's
 file `pin`: it ends with the process that holds it, however that ends.
@@ -21,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relume.errors import StoreError
+from relume.linux.process import boot_id
 from relume.store import faults
 
 _PIN = "pin"
 _COMPLETE = "complete"
+_BOOT = "boot"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,8 @@ class Cache:
     def pin(self, entry_id: str) -> Pin | None:
         """Pin an entry and mark it as used now; None if it is not there."""
         directory = self.root / entry_id
+        if not self._survived_boot(directory):
+            self.evict(entry_id)
         try:
             fd = os.open(directory / _PIN, os.O_RDWR | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
@@ -93,6 +98,8 @@ class Cache:
         making = Path(tempfile.mkdtemp(prefix=".making-", dir=self.root))
         try:
             build(making)
+            (making / _BOOT).touch(mode=0o600)
+            (making / _BOOT).write_text(boot_id())
             (making / _PIN).touch(mode=0o600)
             faults.point("fetch.unpacked")
             try:
@@ -115,9 +122,21 @@ class Cache:
         return (directory / _COMPLETE).exists()
 
     def mark_complete(self, directory: Path) -> None:
-        """Everything of the entry is on disk: from now on it needs no store."""
+        """Call an entry whole, whose pages were synced: from now on it needs no store, and outlives a power cut."""
+        for folder, _, files in os.walk(directory):
+            for path in (Path(folder), *(Path(folder, file) for file in files)):
+                if path.is_dir() or (path.is_file() and not path.is_symlink()):
+                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    os.fsync(fd)
+                    os.close(fd)
         faults.point("fetch.complete")
         (directory / _COMPLETE).touch(mode=0o600)
+
+    def _survived_boot(self, directory: Path) -> bool:
+        try:
+            return self.is_complete(directory) or (directory / _BOOT).read_text() == boot_id()
+        except OSError:
+            return False
 
     def entries(self) -> list[Entry]:
         """Every entry, the one used longest ago first."""

@@ -53,14 +53,16 @@ class RemotePages:
         self._chunks = chunks
         self._files = {stream.name: _File(directory / stream.name, stream) for stream in streams}
         self._flights: dict[object, Future[None]] = {}
-        self._lock = threading.Lock()
+        self._landed = threading.Condition()  # guards the flights; told when one ends
         self._stopped = threading.Event()
         self._bad_parts: set[int] = set()
         self._parts = _parts_by_page(working_set) if working_set else {}
 
     def close(self) -> None:
-        """End `prefetch` and `fill` soon, and close the files once nobody is in `ensure`."""
-        self._stopped.set()
+        """End `prefetch` and `fill`, wait for requests on their way (up to `Patience`), close the files."""
+        with self._landed:
+            self._stopped.set()
+            self._landed.wait_for(lambda: not self._flights)
         for file in self._files.values():
             file.close()
 
@@ -102,15 +104,18 @@ class RemotePages:
         self._all(parallel, jobs)
         if self._stopped.is_set():
             return False
-        for file in self._files.values():
-            os.fsync(file.fd)
+        self._once("sync", self._sync)
         self.progress.finished = True
         return True
 
     def _all(self, parallel: int, jobs: Sequence[Callable[[], None]]) -> None:
         def run(job: Callable[[], None]) -> None:
-            if not self._stopped.is_set():
-                job()
+            try:
+                if not self._stopped.is_set():
+                    job()
+            except StoreError:
+                if not self._stopped.is_set():
+                    raise
 
         with large_buffers_kept(), ThreadPoolExecutor(parallel, thread_name_prefix="pages") as pool:
             futures = [pool.submit(run, job) for job in jobs]
@@ -123,7 +128,9 @@ class RemotePages:
 
     def _once(self, key: object, work: Callable[[], None]) -> None:
         """Do `work` unless another thread is at the same; then wait for that one and share its outcome."""
-        with self._lock:
+        with self._landed:
+            if self._stopped.is_set():
+                raise StoreError(f"{self.directory} was closed while its pages were still coming")
             flight = self._flights.get(key)
             if flight is None:
                 mine = self._flights[key] = Future()
@@ -137,8 +144,13 @@ class RemotePages:
             mine.set_exception(error)
             raise
         finally:
-            with self._lock:
+            with self._landed:
                 del self._flights[key]
+                self._landed.notify_all()
+
+    def _sync(self) -> None:
+        for file in self._files.values():
+            os.fsync(file.fd)
 
     def _fetch_chunk(self, file: _File, ordinal: int) -> None:
         ref = file.stream.chunks[ordinal]

@@ -57,7 +57,7 @@ def node(tmp_path: Path) -> Callable[..., Region]:
     new_key_file(key)
 
     def make(name: str, *, key_file: Path | None = key, **config: object) -> Region:
-        settings = {"lease_s": 0.5, "grace_s": 0.0, "patience": IMPATIENT} | config
+        settings = {"lease_s": 10.0, "grace_s": 0.0, "patience": IMPATIENT} | config
         url = f"file://{tmp_path}/store"
         return Region(RegionConfig(url=url, key_file=key_file, **settings), tmp_path / name, name)  # type: ignore[arg-type]
 

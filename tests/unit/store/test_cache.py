@@ -86,6 +86,20 @@ def test_of_two_who_add_the_same_one_wins(tmp_path: Path) -> None:
     assert [path.name for path in cache.root.iterdir()] == ["a"]
 
 
+def test_a_partial_entry_does_not_outlive_the_boot(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", 100 * MIB)
+    for name in ("whole", "partial"):
+        add(cache, name, 1, used_at=1.0)
+    cache.mark_complete(cache.root / "whole")
+    for name in ("whole", "partial"):
+        (cache.root / name / "boot").write_text("another boot")
+    pin = cache.pin("whole")
+    assert pin is not None
+    pin.close()
+    assert cache.pin("partial") is None
+    assert [entry.id for entry in cache.entries()] == ["whole"]
+
+
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache", MIB)
 

@@ -83,7 +83,7 @@ def test_removing_takes_the_older_generations_along(node: Nodes, checkpoint: Loc
 
 def test_an_upload_that_goes_on_keeps_its_tenants_chunks(node: Nodes, checkpoint: LocalCheckpoint) -> None:
     """The race: the collector runs when all chunks are there and no manifest names them."""
-    a, b = node("a"), node("b", lease_s=5.0)
+    a, b = node("a"), node("b")
     reports = []
 
     def hook(point: str) -> None:
@@ -125,7 +125,7 @@ def test_an_uploader_waits_for_a_sweep_that_goes_on(node: Nodes, tmp_path: Path)
 def test_a_dead_upload_is_closed_and_its_chunks_go(
     node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path
 ) -> None:
-    a, b = node("a"), node("b")
+    a, b = node("a", lease_s=2.0), node("b", lease_s=2.0)
     lease = a.lease("an-app", "build-1", "x86-1")
 
     class Killed(Exception):
@@ -140,7 +140,7 @@ def test_a_dead_upload_is_closed_and_its_chunks_go(
         a.publish(lease, checkpoint)
     faults.install(None)
     assert b.collect(dry_run=False).busy  # just seen: alive for all it knows
-    time.sleep(0.7)
+    time.sleep(2.2)
     b.collect(dry_run=False)
     time.sleep(0.05)
     b.collect(dry_run=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from relume.errors import Conflict, ObjectMissing, StoreError, Superseded, Untrusted
-from relume.store import CheckpointName, LocalCheckpoint, PageRun, Progress, Region, read_from_files
+from relume.store import CheckpointName, LocalCheckpoint, PageRun, Progress, Region, faults, read_from_files
 from relume.store.chunks import PAGE
 
 from .conftest import write_checkpoint
@@ -151,11 +151,11 @@ def test_only_one_makes_it(node: Nodes, checkpoint: LocalCheckpoint) -> None:
 
 
 def test_a_late_writer_cannot_publish_over_a_newer_one(node: Nodes, checkpoint: LocalCheckpoint) -> None:
-    a, b = node("a"), node("b")
+    a, b = node("a", lease_s=2.0), node("b", lease_s=2.0)
     late = a.lease("an-app", "build-1", "x86-1")  # and never renews
     with pytest.raises(Conflict):
         b.lease("an-app", "build-1", "x86-1")
-    threading.Event().wait(0.7)
+    threading.Event().wait(2.2)
     with b.lease("an-app", "build-1", "x86-1").kept() as lease:
         assert lease.number == 2
         b.publish(lease, checkpoint)
@@ -365,3 +365,26 @@ def test_a_node_that_has_not_all_pages_publishes_no_zeros(node: Nodes, checkpoin
     original = (checkpoint.images / "pages-1.img").read_bytes()
     assert c.pages.read(run) == original[100 * PAGE : 150 * PAGE]
     c.close()
+
+
+def test_closing_waits_for_what_is_on_its_way(node: Nodes, checkpoint: LocalCheckpoint) -> None:
+    """A descriptor that is closed under a write could by then be another file's."""
+    name = published(node("a"), checkpoint)
+    fetched = node("b").fetch(name)
+    coming, closed = threading.Event(), threading.Event()
+
+    def slow(point: str) -> None:
+        if point == "fetch.chunk":
+            coming.set()
+            assert not closed.wait(0.3)
+
+    faults.install(slow)
+    thread = threading.Thread(target=fetched.pages.ensure, args=("pages-1.img", 1, 1))
+    thread.start()
+    assert coming.wait(5)
+    fetched.close()
+    closed.set()
+    thread.join()
+    with pytest.raises(StoreError, match="was closed"):
+        fetched.pages.ensure("pages-2.img", 1, 1)
+    assert fetched.pages.fill() is False
