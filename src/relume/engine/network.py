@@ -44,18 +44,36 @@ class Network:
         command = pasta()
         if command is None:
             return False
-        with log.open("ab") as errors:
-            self._pasta = await asyncio.create_subprocess_exec(
-                command,
-                *("--foreground", "--quiet", "--runas", "0", "--config-net", "--no-map-gw", "--ipv4-only"),
-                *("--address", INNER_ADDRESS, "--netmask", "255.255.255.0", "--gateway", INNER_GATEWAY),
-                *("--tcp-ports", "none", "--udp-ports", "none", "--tcp-ns", "none", "--udp-ns", "none"),
-                *("--netns", f"/proc/{pid}/ns/net", "--userns", f"/proc/{pid}/ns/user"),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=errors,
-                stderr=errors,
-                preexec_fn=process.die_with_parent,
-            )
+        # By descriptor: runc's init is not dumpable, and pasta, its privileges dropped, may not look at its /proc.
+        namespaces = [
+            os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in ("net", "user")
+        ]
+        net, user = (f"/proc/self/fd/{descriptor}" for descriptor in namespaces)
+        try:
+            with log.open("ab") as errors:
+                self._pasta = await asyncio.create_subprocess_exec(
+                    command,
+                    *(
+                        "--foreground",
+                        "--quiet",
+                        "--runas",
+                        "0",
+                        "--config-net",
+                        "--no-map-gw",
+                        "--ipv4-only",
+                    ),
+                    *("--address", INNER_ADDRESS, "--netmask", "255.255.255.0", "--gateway", INNER_GATEWAY),
+                    *("--tcp-ports", "none", "--udp-ports", "none", "--tcp-ns", "none", "--udp-ns", "none"),
+                    *("--netns", net, "--userns", user),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=errors,
+                    stderr=errors,
+                    pass_fds=namespaces,
+                    preexec_fn=process.die_with_parent,
+                )
+        finally:
+            for descriptor in namespaces:
+                os.close(descriptor)
         return await self._interface_up()
 
     async def _interface_up(self) -> bool:

@@ -1,0 +1,115 @@
+"""What an app finds inside its container, in an original and in a copy."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import SNIPPET, App, Failed, Relume, get
+
+from relume.linux import cgroup
+
+PROBES = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+def errno_of(number, *arguments):
+    ctypes.set_errno(0)
+    libc.syscall(number, *arguments)
+    return ctypes.get_errno()
+def reach(where):
+    host, _, port = where.partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as out:
+        return out.recv(100).decode()
+ACTIONS.update(
+    cwd=lambda _: os.getcwd(),
+    write=lambda name: open("/persistent-storage/" + name, "w").write("kept"),
+    read=lambda name: open("/persistent-storage/" + name).read(),
+    rings=lambda _: errno_of(425, 8, 0),
+    namespaces=lambda _: errno_of(272, 0x10000000),
+    faults=lambda _: errno_of(323, 0),
+    privileges=lambda _: [line for line in open("/proc/self/status") if line.startswith(("NoNewPrivs", "CapEff"))],
+    keys=lambda _: open("/proc/keys").read(),
+    stderr=lambda _: open("/dev/stderr", "w").write("by name\\n"),
+    reach=reach,
+    eat=lambda size: len(bytearray(os.urandom(1 << 20) * int(size))),
+)
+"""
+
+
+@contextlib.contextmanager
+def host_server() -> Iterator[str | None]:
+    """ADDRESS:PORT of a server on this machine's own address beyond loopback; None where it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.254", 9))  # a datagram socket sends nothing for this
+        except OSError:
+            yield None
+            return
+        address = probe.getsockname()[0]
+    with socket.create_server((address, 0)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connection.sendall(b"hello")
+                    connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"{address}:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_what_an_app_finds_inside(relume: Relume, app: App) -> None:
+    app.write(f"{PROBES}\n{SNIPPET}\nserve()")
+    relume.deploy(app.directory)
+    first = relume.start(app.name)
+    copy = relume.start(app.name)
+    assert copy["restored"]
+    with host_server() as beyond:
+        for instance in (first, copy):
+            assert get(instance, "/cwd") == "/cortex"
+            assert get(instance, "/rings") == 38, "io_uring_setup: ENOSYS"
+            assert get(instance, "/namespaces") == 1, "unshare(NEWUSER): EPERM"
+            assert get(instance, "/faults") == 1, "userfaultfd: EPERM"
+            assert "NoNewPrivs:\t1\n" in get(instance, "/privileges")
+            assert get(instance, "/keys") == ""
+            assert get(instance, "/facts")["uid"] == 0
+            assert get(instance, "/stderr") == len("by name\n")
+            if beyond is not None:
+                assert get(instance, f"/reach/{beyond}") == "hello"
+    assert "by name" in relume.logs(copy["instance_id"])
+    get(first, "/write/note")
+    assert get(copy, "/read/note") == "kept"
+    node = relume.json("node", "status")["node_id"]
+    for pid in cgroup.processes(f"/relume/{node}/{copy['instance_id']}"):
+        assert Path(f"/proc/{pid}").stat().st_uid >= 65536, "root inside is nobody outside"
+
+
+def test_two_apps_share_no_ids(relume: Relume, app: App, workplace: Path) -> None:
+    node = relume.json("node", "status")["node_id"]
+    other = App(workplace / "neighbour", "neighbour").write("serve()", checkpointing=False)
+    app.write("serve()", checkpointing=False)
+    owners = []
+    try:
+        for each in (app, other):
+            relume.deploy(each.directory)
+            started = relume.start(each.name)
+            (pid, *_) = cgroup.processes(f"/relume/{node}/{started['instance_id']}")
+            owners.append(Path(f"/proc/{pid}").stat().st_uid // 65536)
+    finally:
+        relume.remove(other.name)
+    assert owners[0] != owners[1]
+
+
+def test_memory_limit(relume: Relume, app: App) -> None:
+    app.write(f"{PROBES}\nserve()", extra="[cerebrium.hardware]\nmemory = 0.2\n", checkpointing=False)
+    relume.deploy(app.directory)
+    started = relume.start(app.name)
+    assert get(started, "/eat/20") == 20 << 20
+    with pytest.raises((OSError, Failed)):
+        get(started, "/eat/400")
