@@ -26,6 +26,7 @@ COMMANDS = {
     "apps": "list and remove deployed apps",
     "checkpoints": "list, inspect, verify, remove and explain checkpoints",
     "secrets": "set, list and remove an app's secret variables",
+    "bench": "measure every way of starting on this machine",
     "node": "run the agent of this machine, or ask how it is",
 }
 """Command -> one line of help. The command's module has the same name."""

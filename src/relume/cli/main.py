@@ -55,7 +55,7 @@ def _run(arguments: list[str]) -> int:
 def _wants_json(arguments: Sequence[str]) -> bool:
     """Whether errors are to be JSON: known before, and without, a command line that parses."""
     words = f" {' '.join(arguments)} ".replace("=", " ")
-    return any(form in words for form in (" -o json ", " -ojson ", " --output json "))
+    return any(form in words for form in (" -o json ", " -ojson ", " --output json ", " --json "))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,153 @@
+"""`relume bench`: how long each way of starting takes to the first right answer, on this machine.
+
+It runs a node of its own in a temporary state, so nothing that runs here is touched; other load on the machine
+is not kept away, which is why the ways are interleaved and their ratios are what counts.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relume.cli.arguments import Parser
+from relume.cli.render import Screen, size
+from relume.errors import BadRequest, HostError, RelumeError
+
+if TYPE_CHECKING:
+    from relume.cli.benchmark.own_node import OwnNode
+    from relume.cli.benchmark.workloads import Workload
+
+_WORKLOADS = ("tiny", "touch-2g", "touch-8g", "model", "python-web", "forks", "redis")
+_WAYS = ("cold", "criu-eager", "criu-lazy", "first", "learned", "prepared")
+_CACHES = ("warm", "dropped")
+_CLONE_WAYS = ("criu-eager", "learned")
+
+_ROOM = 2.2
+"""Memory to be free, as a multiple of what a workload holds: once as memory, once in the page cache."""
+
+
+def configure(parser: Parser) -> None:
+    parser.add_argument(
+        "--workload",
+        dest="workloads",
+        nargs="+",
+        action="extend",
+        choices=_WORKLOADS,
+        metavar="NAME",
+        help=f"what to start (default: all): {', '.join(_WORKLOADS)}",
+    )
+    parser.add_argument(
+        "--way",
+        dest="ways",
+        nargs="+",
+        action="extend",
+        choices=_WAYS,
+        metavar="NAME",
+        help=f"how (default: all): {', '.join(_WAYS)}",
+    )
+    parser.add_argument(
+        "--cache",
+        dest="caches",
+        nargs="+",
+        action="extend",
+        choices=_CACHES,
+        metavar="STATE",
+        help="the page cache before each start: warm, dropped (default: both)",
+    )
+    parser.add_argument("--runs", type=_positive, default=5, metavar="N", help="starts of each (default: 5)")
+    parser.add_argument(
+        "--clones",
+        type=_positive,
+        metavar="N",
+        help="N at once instead: time to the last answer, memory of each",
+    )
+    parser.runs(bench)
+    parser.add_argument(
+        "--json", dest="output", action="store_const", const="json", help="the same as -o json: rows only"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def bench(options: Namespace) -> int:
+    from relume.cli.benchmark import report
+    from relume.cli.benchmark.own_node import own_node
+    from relume.cli.benchmark.workloads import WORKLOADS
+
+    screen = Screen(options.output)
+    if options.clones and "prepared" in (options.ways or ()):
+        raise BadRequest("--clones with --way prepared", hint="one is prepared at a time; leave one out")
+    ways = list(dict.fromkeys(options.ways or (_CLONE_WAYS if options.clones else _WAYS)))
+    rows: list[dict[str, Any]] = []
+    failed = 0
+    with own_node() as node:
+        for name in dict.fromkeys(options.workloads or _WORKLOADS):
+            workload = WORKLOADS[name]
+            try:
+                _require_memory(workload.memory_bytes * (options.clones or 1), name)
+                if options.clones:
+                    rows += _clones(node, workload, ways, options, screen.step)
+                else:
+                    rows += _single(node, workload, ways, options, screen.step)
+            except RelumeError as error:
+                failed += 1
+                screen.note(f"{name}: {error.message} ({error.hint})")
+                screen.step(f"  {error.details.get('log') or ''}\n{node.last_words(12)}")
+            finally:
+                node.clear()
+    if screen.as_json:
+        screen.data(rows)
+    elif rows:
+        screen.table(report.table(rows), report.COLUMNS, empty="nothing was measured")
+        unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+        screen.data(None, report.chart(rows, block="█" if unicode else "#"))
+    return 1 if failed else 0
+
+
+def _single(
+    node: OwnNode, workload: Workload, ways: Sequence[str], options: Namespace, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    from relume.cli.benchmark import measure, page_cache
+
+    caches = list(dict.fromkeys(options.caches or _CACHES))
+    target = ready = measure.deploy(node, workload, say)
+    disk = page_cache.sequential_speed(target.images) if "dropped" in caches else None
+    if "learned" in ways:
+        say(f"{workload.name}: learning")
+        measure.learn(node, target)
+    if "prepared" in ways:
+        ready = measure.deploy(node, workload, say, variant="-prepared", policy=measure.PREPARED_POLICY)
+        measure.learn(node, ready)
+    series = [
+        measure.Series(ready if way == "prepared" else target, way, cache) for cache in caches for way in ways
+    ]
+    measure.rounds(node, series, options.runs, say)
+    return [each.row(disk) for each in series]
+
+
+def _clones(
+    node: OwnNode, workload: Workload, ways: Sequence[str], options: Namespace, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    from relume.cli.benchmark import clones
+
+    target = clones.deploy(node, workload, say)
+    flights = clones.fly(node, target, ways, options.clones, options.runs, say)
+    return clones.rows(target, flights, options.clones)
+
+
+def _require_memory(held: int, name: str) -> None:
+    """Raises HostError where the workload would push the machine, and what else runs on it, out of memory."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    if (needed := round(held * _ROOM)) > available:
+        raise HostError(
+            f"{name} needs {size(needed)} of memory and {size(available)} are available",
+            hint="fewer clones, or another --workload",
+        )

@@ -1,0 +1,154 @@
+"""Rows for people: a bar chart per workload for a terminal, and tables in Markdown for the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+Row = dict[str, Any]
+
+_WIDTH = 40
+
+
+def chart(rows: Sequence[Row], *, block: str = "█") -> list[str]:
+    """Horizontal bars of the times to the first answer (of clones: to the last), one group a workload and cache."""
+    lines: list[str] = []
+    for (workload, cache), group in groupby(rows, key=lambda row: (row["workload"], row["cache"])):
+        members = list(group)
+        longest = max(_seconds(row) for row in members)
+        lines += ["", f"{workload}, page cache {cache}"]
+        for row in members:
+            bar = block * max(1, round(_WIDTH * _seconds(row) / longest))
+            lines.append(f"  {row['way']:<11} {bar} {time(_seconds(row))}")
+    return lines
+
+
+def table(rows: Sequence[Row]) -> list[Row]:
+    """What a person compares, from full rows."""
+    best = baseline(rows)
+    shown = []
+    for row in rows:
+        low, high = row["spread"]
+        line: Row = {
+            "workload": row["workload"],
+            "cache": row["cache"],
+            "way": row["way"],
+            "first_answer": time(row["first_answer_s"]),
+            "spread": f"{time(low)} - {time(high)}",
+            "against_eager": ratio(best.get((row["workload"], row["cache"])), _seconds(row)),
+            "image_bytes": row["image_bytes"],
+            "touched_bytes": row["touched_bytes"],
+        }
+        if "clones" in row:
+            line |= {
+                "clones": row["clones"],
+                "last_answer": time(row["last_answer_s"]),
+                "pss_bytes": row["pss_bytes"],
+                "cgroup_bytes": row["cgroup_bytes"],
+            }
+        else:
+            line["frozen"] = time(row["frozen_s"])
+        shown.append(line)
+    return shown
+
+
+COLUMNS = (
+    ("workload", "WORKLOAD"),
+    ("cache", "CACHE"),
+    ("way", "WAY"),
+    ("clones", "CLONES"),
+    ("first_answer", "FIRST ANSWER"),
+    ("last_answer", "LAST ANSWER"),
+    ("spread", "SPREAD"),
+    ("against_eager", "EAGER / THIS"),
+    ("image_bytes", "IMAGE"),
+    ("touched_bytes", "TOUCHED"),
+    ("frozen", "FROZEN"),
+    ("pss_bytes", "PSS EACH"),
+    ("cgroup_bytes", "CGROUP EACH"),
+)
+
+
+def baseline(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
+    """(workload, cache) -> seconds of the eager restore in the same run."""
+    return {(row["workload"], row["cache"]): _seconds(row) for row in rows if row["way"] == "criu-eager"}
+
+
+def ratio(reference: float | None, seconds: float) -> str:
+    """How many times sooner than the reference: "4.8 x"."""
+    return "-" if reference is None else f"{reference / seconds:.2g} x"
+
+
+def time(seconds: float) -> str:
+    """0.1842 -> "184 ms", 4.731 -> "4.73 s"."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
+
+
+def markdown(rows: Sequence[Row], *, cache: str) -> list[str]:
+    """A table of first answers: a line for each workload, a column for each way; ratios to the eager restore."""
+    chosen = [row for row in rows if row["cache"] == cache and "clones" not in row]
+    ways = list(dict.fromkeys(row["way"] for row in chosen))
+    lines = [
+        f"| workload | image | touched | {' | '.join(ways)} |",
+        f"|---|--:|--:|{'--:|' * len(ways)}",
+    ]
+    best = baseline(chosen)
+    for workload, group in groupby(chosen, key=lambda row: row["workload"]):
+        found = {row["way"]: row for row in group}
+        one = next(iter(found.values()))
+        cells = [_markdown_cell(found.get(way), best.get((workload, cache))) for way in ways]
+        lines.append(
+            f"| `{workload}` | {mega(one['image_bytes'])} | {mega(one['touched_bytes'])} | {' | '.join(cells)} |"
+        )
+    return lines
+
+
+def markdown_clones(rows: Sequence[Row]) -> list[str]:
+    """A table of the clones' rows."""
+    lines = [
+        "| workload | way | clones | last first answer | touched | PSS each | cgroup each |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| `{row['workload']}` | {row['way']} | {row['clones']} | {time(row['last_answer_s'])} "
+        f"| {mega(row['touched_bytes'])} | {mega(row['pss_bytes'])} | {mega(row['cgroup_bytes'])} |"
+        for row in rows
+        if "clones" in row
+    ]
+    return lines
+
+
+def markdown_freeze(rows: Sequence[Row]) -> list[str]:
+    """A table of what the freeze consists of, one line a workload."""
+    lines = [
+        "| workload | image | frozen | per GB | writing pages | held files | after the thaw: edits, hashes |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for workload, group in groupby((row for row in rows if "freeze" in row), key=lambda row: row["workload"]):
+        row = next(iter(group))
+        freeze, gigabytes = row["freeze"], row["image_bytes"] / 1e9
+        after = f"{time(freeze['edit_s'])}, {time(freeze['hash_s'])}"
+        lines.append(
+            f"| `{workload}` | {mega(row['image_bytes'])} | {time(freeze['frozen_s'])} "
+            f"| {freeze['frozen_s'] / gigabytes:.2f} s | {time(freeze['memwrite_s'])} "
+            f"| {time(freeze['held_files_s'])} | {after} |"
+        )
+    return lines
+
+
+def mega(count: int | None) -> str:
+    """Bytes as "1612 MB"."""
+    return "-" if count is None else f"{count / 1e6:.0f} MB"
+
+
+def _markdown_cell(row: Row | None, reference: float | None) -> str:
+    if row is None:
+        return "-"
+    seconds = row["first_answer_s"]
+    beside = f" ({ratio(reference, seconds)})" if row["way"] != "criu-eager" and reference else ""
+    return f"{time(seconds)}{beside}"
+
+
+def _seconds(row: Row) -> float:
+    return float(row["last_answer_s"] if "clones" in row else row["first_answer_s"])
