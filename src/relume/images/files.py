@@ -77,6 +77,18 @@ def read_entries(path: Path) -> tuple[Format, list[Entry]]:
     return kind, entries
 
 
+def read_magic(path: Path, name: str) -> bytes:
+    """What follows the magic of an image that must be of the format ``name``. Raises ImageError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}", hint=_REMEDY) from error
+    kind, offset = _magic(path, data)
+    if kind.name != name:
+        raise ImageError(f"{path}: holds {kind.name}, not {name}", hint=_REMEDY)
+    return data[offset:]
+
+
 def write_image(path: Path, entries: Iterable[Any], *, kind: str = "", sync: bool = False) -> None:
     """Writes messages (or :class:`Entry` objects) as an image, in place of the file that may be there.
 

@@ -10,13 +10,17 @@ Refuses, by name: pages in a parent image (incremental dumps), and entries with 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from google.protobuf.message import DecodeError
 
 from relume.errors import ImageError
-from relume.images.files import read_entries, read_image
+from relume.images.files import read_image, read_magic
+from relume.images.proto import pagemap_pb2, relume_pb2
 
 PAGE_SIZE = 4096
 """Bytes. CRIU's image format counts in the pages of the machine; the machines relume knows have 4 KiB."""
@@ -25,10 +29,10 @@ _PARENT, _LAZY, _PRESENT = 1, 2, 4
 """PE_PARENT, PE_LAZY, PE_PRESENT of criu/include/pagemap.h."""
 
 _MADV_WIPEONFORK = 18
+_LENGTH = struct.Struct("<I")
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """``length`` bytes of memory at ``address``, to be found at ``offset`` in the pages file."""
 
     address: int
@@ -43,20 +47,24 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Pagemap:
-    """The memory of one process (``pid`` as in the image): its extents in address order, all present."""
+    """The memory of one process (``pid`` as in the image): its extents in address order, all present.
+
+    ``pages_bytes`` is what its pages file must hold at least.
+    """
 
     pid: int
     pages: Path
     extents: tuple[Extent, ...]
+    pages_bytes: int
+
+    @property
+    def pages_id(self) -> int:
+        """The number in the pages file's name."""
+        return int(self.pages.stem.rpartition("-")[2])
 
     @property
     def lazy(self) -> Iterator[Extent]:
         return (extent for extent in self.extents if extent.lazy)
-
-    @property
-    def pages_bytes(self) -> int:
-        """What the entries say is in the pages file, up to this process's last page."""
-        return max((extent.offset + extent.length for extent in self.extents), default=0)
 
 
 def read_pagemap(images: Path, pid: int) -> Pagemap:
@@ -66,30 +74,63 @@ def read_pagemap(images: Path, pid: int) -> Pagemap:
     than the entries say.
     """
     path = images / f"pagemap-{pid}.img"
-    kind, entries = read_entries(path)
-    if kind.name != "PAGEMAP" or not entries:
-        raise ImageError(f"{path}: holds {kind.name}, not a pagemap", hint="take a new checkpoint")
-    head = entries[0].message
+    head, entries = _entries(path)
     extents: list[Extent] = []
     offset = 0
-    for entry in (each.message for each in entries[1:]):
-        flags = entry.flags if entry.HasField("flags") else _PRESENT | (_PARENT if entry.in_parent else 0)
+    for entry in entries:
+        flags = entry.flags
+        if not flags and not entry.HasField("flags"):
+            flags = _PRESENT | (_PARENT if entry.in_parent else 0)
         if flags & ~(_PARENT | _LAZY | _PRESENT):
             raise _unknown(path, f"flags {flags:#x}")
         if flags & _PARENT:
             raise ImageError(
                 f"{path}: pages in a parent image (an incremental dump)", hint="dump without a parent"
             )
-        count = entry.nr_pages if entry.HasField("nr_pages") else entry.compat_nr_pages
         if not flags & _PRESENT:
             continue
-        length = count * PAGE_SIZE
-        extents.append(Extent(entry.vaddr, length, offset, bool(flags & _LAZY)))
+        length = (entry.nr_pages or entry.compat_nr_pages) * PAGE_SIZE
+        extents.append(Extent(entry.vaddr, length, offset, flags & _LAZY != 0))
         offset += length
-    _refuse_new_fields(path, [entry.message for entry in entries])
-    pagemap = Pagemap(pid, images / f"pages-{head.pages_id}.img", tuple(extents))
+    pagemap = Pagemap(pid, images / f"pages-{head.pages_id}.img", tuple(extents), offset)
     _check_size(pagemap)
     return pagemap
+
+
+def _entries(path: Path) -> tuple[Any, Sequence[Any]]:
+    """The head, and the entries as one repeated field: there may be ten thousands, and a restore waits for them.
+
+    Each entry in the file has its length before it in 4 bytes; as a field of one message it has a tag and the
+    length as a varint instead, and protobuf parses all in one call.
+    """
+    data = read_magic(path, "PAGEMAP")
+    parts: list[bytes] = []
+    position = 0
+    while position < len(data):
+        (size,) = _LENGTH.unpack_from(data, position) if position + 4 <= len(data) else (len(data),)
+        payload = data[position + 4 : position + 4 + size]
+        if (
+            len(payload) < size or size >= 1 << 14
+        ):  # as long as two bytes of a varint can say; entries have 30
+            raise ImageError(
+                f"{path}: ends early, after {len(data)} bytes of entries", hint="take a new checkpoint"
+            )
+        if position:
+            parts.append(
+                b"\x0a" + (bytes((size,)) if size < 0x80 else bytes((size & 0x7F | 0x80, size >> 7)))
+            )
+        parts.append(payload)
+        position += 4 + size
+    if not parts:
+        raise ImageError(f"{path}: is empty", hint="take a new checkpoint")
+    head, all_entries = pagemap_pb2.pagemap_head(), relume_pb2.relume_pagemap()
+    try:
+        head.ParseFromString(parts[0])
+        all_entries.ParseFromString(b"".join(parts[1:]))
+    except DecodeError as error:
+        raise ImageError(f"{path}: is damaged ({error})", hint="take a new checkpoint") from error
+    _refuse_new_fields(path, [head, all_entries])
+    return head, all_entries.entries
 
 
 def lazy_bytes(images: Path) -> dict[int, int]:

@@ -44,7 +44,10 @@ class RangeMap:
         self.total = 0
         """Bytes in all ranges together."""
         for each in ranges:
-            self.put(each)
+            if each.start < each.end and (not self._stops or self._stops[-1] <= each.start):
+                self._append(each)  # the usual case: they come in order
+            else:
+                self.put(each)
 
     def __iter__(self) -> Iterator[Range]:
         return map(Range, self._starts, self._stops, self._offsets)
@@ -131,6 +134,16 @@ class RangeMap:
         shift = destination - source
         for start, end, offset in moving:
             self.put(Range(start + shift, end + shift, offset))
+
+    def _append(self, new: Range) -> None:
+        start, end, offset = new
+        self.total += end - start
+        if self._stops and self._stops[-1] == start and self._continues(-1, start, offset):
+            self._stops[-1] = end
+        else:
+            self._starts.append(start)
+            self._stops.append(end)
+            self._offsets.append(offset)
 
     def _range(self, index: int) -> Range:
         return Range(self._starts[index], self._stops[index], self._offsets[index])

@@ -59,6 +59,8 @@ class Pager:
         self._survived = False
         self._pagemaps: dict[int, Pagemap] = {}
         self._sources: dict[int, FileSource] = {}
+        self._pending: dict[int, RangeMap] = {}
+        self._layouts: dict[int, RangeMap] = {}
         self._wiped: dict[int, RangeMap] = {}
         self._by_pages: dict[int, AddressSpace] = {}
         self._restored_at: float | None = None
@@ -115,6 +117,12 @@ class Pager:
             if any(pagemap.lazy):
                 verifier = self._verifier.pages(pagemap.pages) if self._verifier else None
                 self._sources[task.pid] = FileSource(pagemap.pages, verifier)
+                self._pending[task.pid] = RangeMap(
+                    Range(each.address, each.end, each.offset) for each in pagemap.lazy
+                )
+                self._layouts[task.pid] = RangeMap(
+                    Range(each.offset, each.offset + each.length, each.address) for each in pagemap.lazy
+                )
                 self._wiped[task.pid] = RangeMap(
                     Range(start, end, start) for start, end in read_wiped_on_fork(self._job.images, task.pid)
                 )
@@ -146,9 +154,7 @@ class Pager:
         self._replay = background.Replay(
             blocks, kept_back, self._job.threads, self._pace, self._replayed, self._fail
         )
-        self._replay.prepare(
-            {_pages_id(self._pagemaps[pid]): source for pid, source in self._sources.items()}
-        )
+        self._replay.prepare({self._pagemaps[pid].pages_id: source for pid, source in self._sources.items()})
 
     def _accept(self, server: socket.socket) -> None:
         connection = lazy_socket.Connection(server)
@@ -185,7 +191,7 @@ class Pager:
         space = AddressSpace(
             name=str(task.pid),
             descriptor=task.descriptor,
-            pages_id=_pages_id(pagemap),
+            pages_id=pagemap.pages_id,
             pending=RangeMap(Range(each.address, each.end, each.offset) for each in pagemap.lazy),
             layout=RangeMap(
                 Range(each.offset, each.offset + each.length, each.address) for each in pagemap.lazy
@@ -352,7 +358,7 @@ class Pager:
     # --- plumbing ---------------------------------------------------------------------------------
 
     def _image_sizes(self) -> dict[int, int]:
-        return {_pages_id(each): each.pages_bytes for each in self._pagemaps.values()}
+        return {each.pages_id: each.pages_bytes for each in self._pagemaps.values()}
 
     def _watch_space(self, space: AddressSpace) -> None:
         self._spaces.append(space)
@@ -399,10 +405,6 @@ class Pager:
             error.message if isinstance(error, RelumeError) else f"{type(error).__name__}: {error}"
         )
         self._board.abandon(70)
-
-
-def _pages_id(pagemap: Pagemap) -> int:
-    return int(pagemap.pages.stem.rpartition("-")[2])
 
 
 def _without_pages(task: lazy_socket.Task) -> AddressSpace:

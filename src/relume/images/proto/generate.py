@@ -1,6 +1,6 @@
 """Makes the ``*_pb2.py`` and ``*_pb2.pyi`` files of this folder from the ``.proto`` files beside them.
 
-The ``.proto`` files are CRIU 4.2.1's ``images/*.proto`` as they are (MIT, see LICENSE); to move to another
+The ``.proto`` files are CRIU 4.2.1's ``images/*.proto`` as they are (MIT, see LICENSE), and relume.proto; to move to another
 CRIU, copy its files over these and run ``python -m relume.images.proto.generate``. protoc writes imports
 between the modules as if they lay at the top of ``sys.path``; they are rewritten to this package, so that
 nothing outside has to know of them and another copy (CRIU's own ``pycriu``) does not get in the way.
