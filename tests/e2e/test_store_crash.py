@@ -39,7 +39,7 @@ def hook(name):
 
 config = RegionConfig(url, root / "region.key", lease_s=5.0, grace_s=0.0, limits=Limits(parallel=2))
 region = Region(config, root / "node", "node")
-region.cache.sweep()
+region.sweep()
 faults.install(hook)
 
 def publish(build, images):
@@ -128,3 +128,4 @@ def test_killed_at(bucket: str, root: Path, point: str) -> None:
     assert (root / "layer-copy").read_bytes() == (root / "layer").read_bytes()
     cache = root / "node" / "cache"
     assert not list(cache.glob(".*")), "nothing half made is left in the cache"
+    assert not list((root / "node" / "scratch").iterdir())

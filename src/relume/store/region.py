@@ -5,6 +5,7 @@ Everything here blocks and is safe to call from several threads; an asyncio call
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -56,7 +57,8 @@ class Region:
         self.leases = Leases(self.objects, node, seconds=config.lease_s)
         self.cache = Cache(state / "cache", config.cache_bytes)
         self._seen = Seen(state / "seen.json")
-        self._state = state
+        self._scratch = state / "scratch"
+        self._scratch.mkdir(mode=0o700, exist_ok=True)
 
     @property
     def counters(self) -> Counters:
@@ -66,6 +68,12 @@ class Region:
     def prove(self) -> None:
         """At the node's start: refuse a store whose create-if-absent does not exclude. Raises StoreError."""
         prove_exclusive(self.objects)
+
+    def sweep(self) -> None:
+        """At the node's start, under the lock of its state: clean what a crash left half made."""
+        self.cache.sweep()
+        for left in self._scratch.iterdir():
+            shutil.rmtree(left, ignore_errors=True)
 
     # Making a checkpoint
 
@@ -90,7 +98,7 @@ class Region:
             node=self.node,
             limits=self.config.limits,
             progress=progress or Progress(),
-            scratch=self._state,
+            scratch=self._scratch,
         )
 
     def publish_working_set(
