@@ -24,7 +24,7 @@ from relume.checkpoint.policy import Situation, skip
 from relume.checkpoint.shelf import Checkpoint, Intent, Shelf, size_of
 from relume.engine import criulog, edit, held, options, preflight
 from relume.engine.jobs import DumpJob, DumpResult
-from relume.errors import RelumeError, Unsupported
+from relume.errors import NotFound, RelumeError, Unsupported
 from relume.images import integrity, lazy_bytes
 from relume.keeper.client import Keeper
 from relume.linux import cgroup
@@ -90,17 +90,32 @@ class Capturer:
             in_progress=subject.build_id in self._in_progress,
         )
 
-    async def resume(self, subject: Subject, intent: Intent) -> dict[str, Any]:
-        """Finish what an earlier run of this node began: the keeper has the dump, or is still at it."""
+    async def resume(self, subject: Subject, intent: Intent) -> dict[str, Any] | None:
+        """Finish what an earlier run of this node began: the keeper has the dump, or is still at it.
+
+        Returns the answer, or None where it had not come to the dump and nothing is lost by asking anew.
+        """
         self._in_progress.add(subject.build_id)
         try:
+            if (checkpoint := self._shelf.completed(intent.dump_id)) is not None:
+                return await self._publish(subject, intent, checkpoint)
             result = await subject.keeper.dumped(intent.dump_id)
+            if result is None:
+                self._shelf.abandon(intent.dump_id)
+                return None
             return await self._finish(subject, intent, result)
         except (RelumeError, OSError) as error:
-            self._shelf.abandon(intent.dump_id)
-            return _answer(subject, "failed", "engine", message=str(error))
+            return self._give_up(subject, intent, error)
         finally:
             self._in_progress.discard(subject.build_id)
+
+    def unsaid(self, subject: Subject, dump_id: str) -> dict[str, Any] | None:
+        """The answer for a dump that an earlier run published, and was killed before it could say so."""
+        try:
+            checkpoint = self._shelf.load(f"cp-{dump_id}")
+        except NotFound:
+            return None
+        return _created(subject, checkpoint, seconds=checkpoint.timings["dump_s"])
 
     def usable(self, build_id: str) -> Checkpoint | None:
         """The newest checkpoint of the build that fits this machine and is not quarantined."""
@@ -160,13 +175,8 @@ class Capturer:
             result = await subject.keeper.dump(self._job(subject, intent, directory, expected))
             busy = bool(result.error) and criulog.explain(directory / "work" / "dump.log").kind == "busy"
             return await self._finish(subject, intent, result), busy
-        except RelumeError as error:
-            self._shelf.abandon(intent.dump_id)
-            return _answer(subject, "failed", "engine", message=error.message), False
-        except OSError as error:
-            self._shelf.abandon(intent.dump_id)
-            reason = "insufficient_disk" if error.errno == errno.ENOSPC else "engine"
-            return _answer(subject, "failed", reason, message=str(error)), False
+        except (RelumeError, OSError) as error:
+            return self._give_up(subject, intent, error), False
         except asyncio.CancelledError:
             raise  # the node is going; the next one finishes it
         except BaseException:
@@ -234,18 +244,16 @@ class Capturer:
             finally:
                 self._shelf.abandon(intent.dump_id)
         checkpoint = await asyncio.to_thread(self._complete, subject, intent, result, directory)
+        return await self._publish(subject, intent, checkpoint)
+
+    async def _publish(self, subject: Subject, intent: Intent, checkpoint: Checkpoint) -> dict[str, Any]:
         await asyncio.to_thread(self._shelf.publish, intent.dump_id, checkpoint)
-        return _answer(
-            subject,
-            "created",
-            None,
-            checkpoint_id=checkpoint.checkpoint_id,
-            frozen_ms=round(checkpoint.frozen_s * 1000),
-            size_bytes=checkpoint.size_bytes,
-            seconds=round(time.time() - intent.started_at, 3),
-            left_behind=checkpoint.left_behind,
-            warnings=checkpoint.warnings,
-        )
+        return _created(subject, checkpoint, seconds=time.time() - intent.started_at)
+
+    def _give_up(self, subject: Subject, intent: Intent, error: RelumeError | OSError) -> dict[str, Any]:
+        self._shelf.abandon(intent.dump_id)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        return _answer(subject, "failed", "insufficient_disk" if full else "engine", message=str(error))
 
     def _complete(self, subject: Subject, intent: Intent, result: DumpResult, directory: Path) -> Checkpoint:
         started = time.monotonic()
@@ -255,7 +263,6 @@ class Capturer:
         integrity.record(images)
         hashed = time.monotonic()
         times = edit.read_stats(directory / "work")
-        shutil.rmtree(directory / "work")
         left = held.survey(subject.upper, directory / "held", id_base=subject.id_base)
         return Checkpoint(
             checkpoint_id=f"cp-{intent.dump_id}",
@@ -307,6 +314,20 @@ def _answer(subject: Subject, status: str, reason: str | None, **more: Any) -> d
     if status == "failed":
         log.warning("checkpoint of %s failed: %s: %s", subject.instance_id, reason, more.get("message", ""))
     return base | {"instance_id": subject.instance_id} | more
+
+
+def _created(subject: Subject, checkpoint: Checkpoint, *, seconds: float) -> dict[str, Any]:
+    return _answer(
+        subject,
+        "created",
+        None,
+        checkpoint_id=checkpoint.checkpoint_id,
+        frozen_ms=round(checkpoint.frozen_s * 1000),
+        size_bytes=checkpoint.size_bytes,
+        seconds=round(seconds, 3),
+        left_behind=checkpoint.left_behind,
+        warnings=checkpoint.warnings,
+    )
 
 
 def _unsupported(subject: Subject, culprits: list[dict[str, Any]]) -> dict[str, Any]:

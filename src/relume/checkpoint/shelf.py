@@ -2,8 +2,8 @@
 
 ``ROOT/CHECKPOINT_ID/`` holds ``images/`` (CRIU's), ``held/`` (files that come along), ``integrity.json``,
 ``working-set`` once learned, and ``checkpoint.json`` (:class:`Checkpoint`). One in the making is
-``ROOT/.making-DUMP_ID/`` with ``intent.json``. A directory gets its final name by rename, after everything in
-it is on disk: what has a name is whole.
+``ROOT/.making-DUMP_ID/`` with ``intent.json`` and CRIU's ``work/``. A directory gets its final name by rename,
+after everything in it is on disk: what has a name is whole.
 
 Failures to restore and quarantine are in ``health.json`` beside it; losing that file costs a retry.
 """
@@ -123,29 +123,38 @@ class Shelf:
             if directory not in intents:
                 shutil.rmtree(directory, ignore_errors=True)
 
+    def completed(self, dump_id: str) -> Checkpoint | None:
+        """One in the making that needs nothing more than to be published."""
+        try:
+            return _read(self.making(dump_id))
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
     def abandon(self, dump_id: str) -> None:
         """Leave nothing of a checkpoint that did not come to be."""
         shutil.rmtree(self.making(dump_id), ignore_errors=True)
 
     def publish(self, dump_id: str, checkpoint: Checkpoint) -> None:
-        """Make it visible: everything to disk, then the name. Raises OSError (then nothing is visible)."""
+        """Make it visible: everything to disk, then the name. Raises OSError (then nothing is visible).
+
+        May be cut short anywhere and done again.
+        """
         directory = self.making(dump_id)
         _close_to_others(directory / "images")
         (directory / "checkpoint.json").write_text(json.dumps(dataclasses.asdict(checkpoint)))
+        shutil.rmtree(directory / "work", ignore_errors=True)
         _sync_tree(directory)
-        published = self.directory(checkpoint.checkpoint_id)
-        directory.rename(published)
+        finished = self.directory(checkpoint.checkpoint_id)
+        directory.rename(finished)
         _sync(self.root)
-        (published / "intent.json").unlink(missing_ok=True)  # of no use any more, and of no harm
+        (finished / "intent.json").unlink(missing_ok=True)
 
     # --- finding ----------------------------------------------------------------------------------
 
     def load(self, checkpoint_id: str) -> Checkpoint:
         """Raises NotFound when it is not there or not readable."""
         try:
-            raw = json.loads((self.directory(checkpoint_id) / "checkpoint.json").read_text())
-            raw["platform"] = Platform.from_json(raw["platform"])
-            return Checkpoint(**raw)
+            return _read(self.directory(checkpoint_id))
         except (OSError, ValueError, TypeError, KeyError):
             raise NotFound(
                 f"no checkpoint {checkpoint_id}", hint="relume checkpoints ls shows them"
@@ -220,6 +229,12 @@ def size_of(directory: Path) -> int:
     for parent, _, files in os.walk(directory):
         total += sum(os.lstat(os.path.join(parent, name)).st_blocks * 512 for name in files)  # noqa: PTH118
     return total
+
+
+def _read(directory: Path) -> Checkpoint:
+    raw = json.loads((directory / "checkpoint.json").read_text())
+    raw["platform"] = Platform.from_json(raw["platform"])
+    return Checkpoint(**raw)
 
 
 def _close_to_others(images: Path) -> None:

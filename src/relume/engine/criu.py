@@ -8,6 +8,7 @@ happens, within its time-out. What it does not do: decide, publish, or clean dir
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import json
@@ -61,16 +62,20 @@ class Criu:
         self._hook.write_hook()
         self._stdio: Stdio | None = None
         self.pager: PagerProcess | LazyPages | None = None
+        self._making_pager = asyncio.Lock()
         self.network: Network | None = None
         self.pid = 0
         self.owner = 0
         """The host id of root inside: it gets the pipes of stdio, so that /dev/stderr can be opened again."""
         self.timeline: dict[str, float] = {}
+        self._coming: asyncio.subprocess.Process | None = None
+        self._doomed = False
 
     async def warm_up(self) -> None:
         """Start what a restore will need and what takes time to start."""
-        if self.pager is None:
-            self.pager = await PagerProcess.spawn()
+        async with self._making_pager:
+            if self.pager is None:
+                self.pager = await PagerProcess.spawn()
 
     async def boot(self) -> int:
         """``runc run``; returns the host pid of the container's init."""
@@ -104,9 +109,10 @@ class Criu:
         cgroup.kill(self._container.cgroup)
 
     async def _drop_pager(self) -> None:
-        if self.pager is not None:
-            await self.pager.close()
-            self.pager = None
+        async with self._making_pager:
+            if self.pager is not None:
+                await self.pager.close()
+                self.pager = None
 
     async def _bring_up(self, arguments: list[str], *, wait_for_way_out: bool) -> int:
         pid_file = self._directory / "pid"
@@ -125,8 +131,12 @@ class Criu:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=self._stdio.out,
             stderr=self._stdio.err,
+            start_new_session=True,
         )
         self._stdio.hand_over()
+        self._coming = command
+        if self._doomed:
+            self._end_coming()
         meeting = asyncio.create_task(self._meet_hook(wait_for_way_out))
         ending = asyncio.create_task(command.wait())
         try:
@@ -140,6 +150,7 @@ class Criu:
             await ending
             raise
         finally:
+            self._coming = None
             meeting.cancel()
         self._mark("runc_returned")
         if code != 0:
@@ -279,6 +290,18 @@ class Criu:
         if self._stdio is not None:
             await self._stdio.drained(1.0)
         return 128 - code if code < 0 else code
+
+    async def kill(self) -> None:
+        """End the container, or a boot or restore that is going on; who waits for these hears of it."""
+        self._doomed = True
+        self._end_coming()
+        await asyncio.to_thread(cgroup.kill, self._container.cgroup)
+
+    def _end_coming(self) -> None:
+        """runc, the CRIU and the hook it runs: a session of their own. The cgroup holds the container's part."""
+        if self._coming is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._coming.pid, signal.SIGKILL)
 
     async def close(self) -> None:
         """End what is left of it: stray processes, pasta, the hook's FIFOs."""

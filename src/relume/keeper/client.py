@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 SOCKET = "keeper.sock"
 
 OnEvent = Callable[[dict[str, Any]], None]
+
+_END_PATIENCE = 20.0
+"""Seconds; a little more than the keeper takes itself."""
 
 
 class KeeperLost(EngineError):
@@ -54,6 +58,11 @@ class Keeper:
                 stderr=errors,
                 start_new_session=True,
             )
+
+    @property
+    def connected(self) -> bool:
+        """Whether it was connected at some time."""
+        return self._writer is not None
 
     async def connect(self, *, patience: float = 10.0) -> dict[str, Any]:
         """Connect, waiting ``patience`` seconds for it to listen; returns what ``hello`` tells."""
@@ -126,9 +135,10 @@ class Keeper:
         """Dump; the result says whether it worked."""
         return dump_result(await self.ask("dump", job=dataclasses.asdict(job)))
 
-    async def dumped(self, dump_id: str) -> DumpResult:
-        """The result of a dump that was asked for earlier, once it is there."""
-        return dump_result(await self.ask("dumped", dump_id=dump_id))
+    async def dumped(self, dump_id: str) -> DumpResult | None:
+        """The result of a dump that was asked for earlier, once it is there; None if the last was another."""
+        raw = await self.ask("dumped", dump_id=dump_id)
+        return dump_result(raw) if raw else None
 
     async def answer(self, request: int, status: int, body: Any) -> None:
         await self.ask("answer", request=request, status=status, body=body)
@@ -141,11 +151,10 @@ class Keeper:
         await self.ask("signal", number=number)
 
     async def end(self) -> None:
-        """Let a keeper without a living instance go."""
-        try:
-            await self.ask("end")
-        except EngineError:
-            pass
+        """End the container, or the coming of it, and the keeper. One that hangs is left to find out by itself."""
+        with contextlib.suppress(EngineError, TimeoutError):
+            async with asyncio.timeout(_END_PATIENCE):
+                await self.ask("end")
 
     async def close(self) -> None:
         """Drop the connection only."""

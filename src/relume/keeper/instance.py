@@ -7,6 +7,7 @@ being asked (a request of the app, its readiness, its end) goes out through ``no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -27,6 +28,8 @@ from relume.linux import netns
 from relume.sidecar import Answer, Sidecar
 
 Notify = Callable[[dict[str, Any]], None]
+
+_END_PATIENCE = 15.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -127,6 +130,7 @@ class Instance:
             self.phase = "failed"
             await self._engine.close()
             self._notify({"event": "failed", "message": str(error)})
+            self.over.set()
             raise
         self._spawn(self._watch_end())
         return {"pid": pid, "timeline": self._engine.timeline}
@@ -135,22 +139,21 @@ class Instance:
         """Dump the running container. The result stays readable by ``hello`` until the next dump."""
         async with self._frozen:
             self.published.hold()
-            self.dump = {"dump_id": job.dump_id, "running": True}
+            known = {"dump_id": job.dump_id, "requests": sorted(self._requests)}
+            self.dump = known | {"running": True}
             try:
                 result = dataclasses.asdict(await self._engine.dump(job))
             except Exception as error:
-                result = {"dump_id": job.dump_id, "error": f"{type(error).__name__}: {error}"}
+                result = {"error": f"{type(error).__name__}: {error}"}
             finally:
                 self.published.resume()
-        self.dump = result | {"running": False}
-        return self.dump
+            self.dump = result | known | {"running": False}
+            return self.dump
 
     async def dumped(self, dump_id: str) -> dict[str, Any]:
-        """The result of the last dump, which must have been ``dump_id``; waits for it if it is going on."""
+        """The result of the last dump, once it is over; empty if that was not ``dump_id``."""
         async with self._frozen:
-            if self.dump is None or self.dump["dump_id"] != dump_id:
-                raise EngineError(f"no dump {dump_id} was made of {self._container.instance_id}")
-            return self.dump
+            return self.dump if self.dump is not None and self.dump["dump_id"] == dump_id else {}
 
     def answer(self, request: int, answer: Answer) -> None:
         """Answer a request of the app that waits; one that hung up meanwhile is no error."""
@@ -167,6 +170,19 @@ class Instance:
         """Send a signal to the container's init."""
         if self._engine.pid and self.exit_code is None:
             os.kill(self._engine.pid, number)
+
+    async def end(self) -> None:
+        """End the container, or the coming of it; returns when it is over and no dump of it is going on.
+
+        Within 15 s: what does not die of SIGKILL by then hangs in the kernel.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_END_PATIENCE):
+                if self.phase in ("starting", "prepared", "ready"):
+                    await self._engine.kill()
+                    await self.over.wait()
+                async with self._frozen:
+                    pass
 
     def facts(self) -> dict[str, Any]:
         """Everything a node that has just (re)connected must know."""
@@ -297,6 +313,14 @@ class Instance:
 
     async def _env(self) -> Answer:
         return Answer(200, self._assignment.environment if self._assignment is not None else {})
+
+
+def read_exit_code(path: Path) -> int | None:
+    """What a keeper wrote to its exit file; None if it did not come to that."""
+    try:
+        return int(json.loads(path.read_text())["exit_code"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _write_durably(path: Path, content: dict[str, Any]) -> None:

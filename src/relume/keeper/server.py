@@ -1,12 +1,14 @@
 """The keeper's side of the socket: one operation a line, carried out on its :class:`Instance`.
 
-A keeper without an app ends with the node that started it; one with an app stays until the app has ended and
-the exit status is on disk.
+A keeper without a container ends with the node that started it; one with a container stays until that has
+ended and the exit status is on disk. One that nobody can reach any more, because its directory is gone, ends
+its container and itself: what nobody can stop must not run.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ from relume.keeper import wire
 from relume.keeper.instance import Assignment, Instance
 from relume.sidecar import Answer
 
-_GRACE_AFTER_EXIT = 10.0
-"""How long, in seconds, a keeper stays to tell a connected node of the end before it goes."""
+_USELESS = frozenset({"spare", "assigned", "failed", "exited"})
+"""The phases in which there is no container to hold."""
 
-_GRACE_BEFORE_NODE = 60.0
-"""How long, in seconds, a keeper waits for the node that started it: that may have died at once."""
+_GRACE = 10.0
+"""How long, in seconds, a keeper without a container waits for a node before it goes."""
+
+_LOOK_AROUND = 5.0
+"""Seconds between two looks whether anybody can still want something of us."""
 
 
 class Server:
@@ -34,25 +39,28 @@ class Server:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Serve until the instance is over or, before it has an app, until the node is gone."""
+        """Serve until the instance is over or, before it has a container, until the node is gone."""
         server = await asyncio.start_unix_server(self._connected, self._path, limit=wire.LINE_LIMIT)
         self._path.chmod(0o600)
-        asyncio.get_running_loop().call_later(_GRACE_BEFORE_NODE, self._leave_unless_wanted)
         await self._instance.warm_up()
-        await self._over.wait()
+        alone = 0.0
+        while not self._over.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), _LOOK_AROUND)
+            if not self._path.exists():
+                await self._instance.end()
+                break
+            useless = self._writer is None and self._instance.phase in _USELESS
+            alone = alone + _LOOK_AROUND if useless else 0.0
+            if alone >= _GRACE:
+                break
         server.close()
         if self._writer is not None:
             self._writer.close()
 
-    def _leave_unless_wanted(self) -> None:
-        if self._writer is None and self._instance.phase == "spare":
-            self._over.set()
-
     def _notify(self, event: dict[str, Any]) -> None:
         if self._writer is not None:
             wire.send(self._writer, event)
-        if event.get("event") == "exit":
-            asyncio.get_running_loop().call_later(_GRACE_AFTER_EXIT, self._over.set)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
@@ -60,9 +68,10 @@ class Server:
             task = asyncio.create_task(self._carry_out(message, writer))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        await asyncio.sleep(0)  # an operation that came last has begun by now, and may have changed the phase
         if self._writer is writer:
             self._writer = None
-            if self._instance.phase in ("spare", "failed", "exited"):
+            if self._instance.phase in _USELESS:
                 self._over.set()
         writer.close()
 
@@ -103,6 +112,7 @@ class Server:
                 instance.signal(message["number"])
                 return {}
             case "end":
+                await instance.end()
                 self._over.set()
                 return {}
             case other:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from relume.checkpoint.shelf import Checkpoint, Shelf
 from relume.config import NodeConfig, load_app
 from relume.engine.network import pasta
 from relume.errors import BadRequest, NotFound
+from relume.keeper.instance import read_exit_code
 from relume.node import machine
 from relume.node.bringup import BringUp
 from relume.node.ground import Ground
-from relume.node.lifecycle import Lifecycle, Started
+from relume.node.lifecycle import Lifecycle
 from relume.node.places import Places
 from relume.node.secrets import Secrets
 from relume.node.spares import Spares
+from relume.node.start import Started
 from relume.node.state import State
 from relume.runc import Runc, find_criu, find_runc
 
@@ -92,9 +95,17 @@ class Node:
             if adopted:
                 log.info("adopted %s of %s", row["instance_id"], row["app"])
             else:
-                self._state.end_instance(
-                    row["instance_id"], "exited" if row["state"] == "ready" else "failed"
-                )
+                self._ended_without_us(row)
+
+    def _ended_without_us(self, row: dict[str, Any]) -> None:
+        """Its keeper has written down how it ended; one that is gone without that was killed."""
+        if row["state"] == "prepared":  # it never ran, so there is nothing to remember of it
+            self._state.forget_instance(row["instance_id"])
+            shutil.rmtree(self.places.instance(row["instance_id"]).kept, ignore_errors=True)
+            return
+        exit_code = read_exit_code(self.places.instance(row["instance_id"]).exit_file)
+        ended = exit_code is not None and row["state"] in ("ready", "stopping")
+        self._state.end_instance(row["instance_id"], "exited" if ended else "failed", exit_code)
 
     def _sweep(self) -> None:
         """Remove what belongs to no living instance, below this node's own directories only."""
@@ -102,11 +113,17 @@ class Node:
         for root in (self.places.runtime, self.places.state / "instances"):
             for directory in root.glob("i-*"):
                 if directory.name not in living:
-                    self._ground.clear(self.places.instance(directory.name), directory.name)
+                    self._clear(directory.name)
         self._shelf.clear_half_made()
         for intent in self._shelf.unfinished():
             if intent.instance_id not in living:
                 self._shelf.abandon(intent.dump_id)
+
+    def _clear(self, instance_id: str) -> None:
+        try:
+            self._ground.clear(self.places.instance(instance_id), instance_id)
+        except OSError as error:
+            log.error("clearing up after %s: %s", instance_id, error)
 
     async def close(self) -> None:
         """Let go; what runs, runs on."""
@@ -187,8 +204,9 @@ class Node:
         try:
             instances = self.lifecycle.find(target)
         except NotFound:
-            return []  # known, and not running: what was asked for is so
-        await asyncio.gather(*(self.lifecycle.stop(instance) for instance in instances))
+            instances = []  # known, and not running: what was asked for is so, but for a start in between
+        stops = [self.lifecycle.stop(instance) for instance in instances]
+        await asyncio.gather(self.lifecycle.call_off(target), *stops)
         return [instance.instance_id for instance in instances]
 
     def _known(self, target: str) -> None:
@@ -214,7 +232,7 @@ class Node:
                         "url": None,
                         "memory_bytes": 0,
                         "started_at": row["started_at"],
-                        "exit_code": None,
+                        "exit_code": row["facts"].get("exit_code"),
                     }
                 )
         return rows

@@ -1,14 +1,14 @@
 """How a container comes up: cold, from a checkpoint, or from a checkpoint and held before its first instruction.
 
-Each coroutine ends with a ready (or prepared) instance or raises what went wrong; taking away what was made
-is the caller's (relume.node.lifecycle), who has to say what comes next anyway.
+Each coroutine ends with a ready (or prepared) instance or raises what went wrong, StartFailed if the start was
+called off; taking away what was made is the caller's (relume.node.lifecycle), who has to say what comes next
+anyway.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from relume.build import Build
@@ -22,34 +22,13 @@ from relume.node.ground import Ground
 from relume.node.instance import Instance
 from relume.node.places import Places
 from relume.node.secrets import Secrets
+from relume.node.start import Start
 from relume.sidecar import ADDRESS
 
 _RESTORE_PATIENCE = 60.0
 """Seconds for a copy to become ready; it was ready, or on its way, when it was saved."""
 
 _NEVER = 1e9
-
-
-class Trace:
-    """When each stage of a start was over, in seconds since its beginning."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self.stages: dict[str, float] = {}
-
-    def mark(self, stage: str) -> None:
-        self.stages[stage] = time.monotonic() - self._began
-
-    def merge(self, timeline: Mapping[str, float]) -> None:
-        """Stages that the keeper saw, on the same monotonic clock; those from before this start are left out."""
-        for stage, at in timeline.items():
-            if at >= self._began:
-                self.stages[stage] = at - self._began
-        self.stages = dict(sorted(self.stages.items(), key=lambda item: item[1]))
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self._began
 
 
 class BringUp:
@@ -64,7 +43,7 @@ class BringUp:
         self._log_limit = log_limit
         self._pages_lazily = pages_lazily
 
-    async def boot(self, instance: Instance, environment: Mapping[str, str], trace: Trace) -> None:
+    async def boot(self, instance: Instance, start: Start) -> None:
         """Cold. Raises EngineError, StartFailed, OSError."""
         await asyncio.to_thread(
             self._ground.lay,
@@ -74,19 +53,14 @@ class BringUp:
             top=None,
             copy=False,
         )
-        trace.mark("layer")
-        await self._assign(instance, environment)
-        trace.mark("keeper")
-        await instance.keeper.boot()
-        await instance.until_ready(instance.settings.boot_timeout)
+        start.trace.mark("layer")
+        await self._assign(instance, start)
+        start.go()
+        await start.unless_called_off(instance.keeper.boot())
+        await start.unless_called_off(instance.until_ready(instance.settings.boot_timeout))
 
     async def restore(
-        self,
-        instance: Instance,
-        checkpoint: Checkpoint,
-        environment: Mapping[str, str],
-        trace: Trace,
-        memory: str,
+        self, instance: Instance, checkpoint: Checkpoint, start: Start, memory: str
     ) -> asyncio.Task[Any]:
         """From ``checkpoint``; returns what is left of runc's part, which ends a moment after the app answers.
 
@@ -98,44 +72,41 @@ class BringUp:
             pager = self._pager_job(instance, restoration, memory)
             verify = pager is None or pager.get("daemon") == DAEMON  # ours verifies what it hands out
             await asyncio.to_thread(self._lay_copy, instance, restoration, verify_pages=verify)
-            trace.mark("layer")
-            await self._assign(instance, environment, first_line=FIRST_LINE)
-            trace.mark("keeper")
+            start.trace.mark("layer")
+            await self._assign(instance, start, first_line=FIRST_LINE)
+            start.go()
             places = instance.places
             job = restoration.job(images=places.images, work=places.criu_work, pager=pager)
             coming = asyncio.create_task(instance.keeper.restore(job))
-            readiness = asyncio.create_task(instance.until_ready(_RESTORE_PATIENCE))
+            coming.add_done_callback(_retrieved)
             # runc returns some time after the app runs: whoever is first, readiness or failure, decides.
-            await asyncio.wait({coming, readiness}, return_when=asyncio.FIRST_COMPLETED)
-            if coming.done():
-                coming.result()
-            await readiness
+            await start.unless_called_off(_first(coming, instance.until_ready(_RESTORE_PATIENCE)))
         except Exception as error:
             raise await self._reason(instance, restoration, error) from error
         self._shelf.restore_worked(checkpoint.checkpoint_id)
         return coming
 
-    async def prepare(self, instance: Instance, checkpoint: Checkpoint) -> None:
+    async def prepare(self, instance: Instance, checkpoint: Checkpoint, start: Start) -> None:
         """From ``checkpoint``, and stopped before its first instruction. Raises as :meth:`restore`."""
         restoration = self._restoration(instance, checkpoint)
         try:
             pager = self._pager_job(instance, restoration, "prepared")
             await asyncio.to_thread(self._lay_copy, instance, restoration, verify_pages=pager is None)
-            await self._assign(instance, {})
+            await self._assign(instance, start)
+            start.go()
             places = instance.places
             job = restoration.job(images=places.images, work=places.criu_work, pager=pager, stopped=True)
-            await instance.keeper.restore(job)
+            await start.unless_called_off(instance.keeper.restore(job))
         except Exception as error:
             raise await self._reason(instance, restoration, error) from error
 
-    async def resume(
-        self, instance: Instance, checkpoint: Checkpoint, environment: Mapping[str, str], trace: Trace
-    ) -> None:
+    async def resume(self, instance: Instance, checkpoint: Checkpoint, start: Start) -> None:
         """Let a prepared instance run, with today's environment. Raises EngineError, StartFailed."""
-        merged = self.environment(instance.build, environment)
+        merged = self.environment(instance.build, start.environment)
+        start.under_way = True
         await instance.keeper.resume(merged, FIRST_LINE, checkpoint.stopped)
-        trace.mark("resumed")
-        await instance.until_ready(_RESTORE_PATIENCE)
+        start.trace.mark("resumed")
+        await start.unless_called_off(instance.until_ready(_RESTORE_PATIENCE))
 
     def environment(self, build: Build, extra: Mapping[str, str]) -> dict[str, str]:
         """What the app's first process gets: the image's, then ours, then secrets, then the caller's."""
@@ -195,12 +166,10 @@ class BringUp:
         )
         self._ground.show_images(instance.places, restoration.images, id_base=instance.id_base)
 
-    async def _assign(
-        self, instance: Instance, environment: Mapping[str, str], *, first_line: str = ""
-    ) -> None:
+    async def _assign(self, instance: Instance, start: Start, *, first_line: str = "") -> None:
         """Bundle and keeper: after this only runc is missing."""
         build, settings = instance.build, instance.settings
-        merged = self.environment(build, environment)
+        merged = self.environment(build, start.environment)
         await asyncio.to_thread(
             self._ground.bundle,
             instance.places,
@@ -239,3 +208,21 @@ class BringUp:
         if isinstance(error, EngineError) and words.reason:
             return EngineError(words.reason, hint=error.hint)
         return error
+
+
+async def _first(coming: asyncio.Task[Any], readiness: Coroutine[Any, Any, None]) -> None:
+    """Wait for ``readiness``, or for ``coming`` to fail."""
+    waiting = asyncio.create_task(readiness)
+    try:
+        await asyncio.wait({coming, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if coming.done():
+            coming.result()
+        await waiting
+    finally:
+        waiting.cancel()
+
+
+def _retrieved(task: asyncio.Task[Any]) -> None:
+    """What it raised has been said, or is of no interest any more: no complaint that nobody asked."""
+    if not task.cancelled():
+        task.exception()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from relume.build import Build
 from relume.errors import StartFailed
@@ -13,6 +13,9 @@ from relume.keeper.client import Keeper
 from relume.linux import cgroup
 from relume.node.places import InstancePlaces
 from relume.node.settings import Settings
+
+if TYPE_CHECKING:
+    from relume.node.start import Start
 
 InstanceState = Literal["starting", "ready", "stopping", "exited", "failed", "prepared"]
 
@@ -45,11 +48,20 @@ class Instance:
     exit_code: int | None = None
     ready: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     ended: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    """Set when its container is over; ``exit_code`` is known by then, unless its keeper died."""
+    gone: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    """Set when nothing of it is left but its log."""
+    start: Start | None = None
+    """The start that brings it up, and clears up should that fail; None once it is ready, or was adopted."""
+    discarding: bool = False
+    asked: set[int] = dataclasses.field(default_factory=set)
+    """The requests of the app that are being answered or were."""
     timeline: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+    def url(self) -> str | None:
+        """Where its port is published; None before it is."""
+        return f"http://127.0.0.1:{self.port}" if self.port else None
 
     def facts(self) -> dict[str, Any]:
         """What a restarted node needs to adopt it; no secrets."""

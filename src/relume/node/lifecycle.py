@@ -11,13 +11,13 @@ replacement is made from an extra instance in the background, at most twice for 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import logging
 import shutil
 import signal
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,14 @@ from relume.errors import (
 )
 from relume.keeper.client import Keeper
 from relume.linux import process
-from relume.node.bringup import BringUp, Trace
+from relume.node.bringup import BringUp
 from relume.node.ground import Ground
-from relume.node.instance import Instance
+from relume.node.instance import Instance, InstanceState
 from relume.node.places import Places
 from relume.node.prepared import Prepared
 from relume.node.settings import Settings
 from relume.node.spares import Spares
+from relume.node.start import Start, Started
 from relume.node.state import State
 
 log = logging.getLogger(__name__)
@@ -54,35 +55,11 @@ _RESTORE_PATIENCE = 60.0
 _STOP_PATIENCE = 10.0
 """Seconds between SIGTERM and SIGKILL for a process that handles SIGTERM."""
 
+_ADOPT_PATIENCE = 5.0
+"""Seconds for a keeper's first words to a restarted node; it has nothing else to do."""
+
 _REMAKES = 2
 _KEEP_ENDED = 10
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Started:
-    """What ``start`` answers. ``reason`` says why it was not restored; None when it was."""
-
-    instance: Instance
-    reason: str | None
-    ready_s: float
-    trace: dict[str, float]
-    memory: str = "fresh"
-    """How its memory came: "fresh" (booted), "paged", or "eager" with the reason behind it."""
-
-    def as_dict(self) -> dict[str, Any]:
-        instance = self.instance
-        return {
-            "instance_id": instance.instance_id,
-            "app": instance.build.app,
-            "build_id": instance.build.build_id,
-            "restored": instance.restored,
-            "checkpoint_id": instance.checkpoint_id,
-            "reason": self.reason,
-            "url": instance.url,
-            "ready_s": round(self.ready_s, 4),
-            "memory": self.memory,
-            "trace": {stage: round(seconds, 4) for stage, seconds in self.trace.items()},
-        }
 
 
 class Lifecycle:
@@ -114,6 +91,7 @@ class Lifecycle:
             discard=self._forget,
         )
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._starts: set[Start] = set()
         self.instances: dict[str, Instance] = {}
 
     # --- start ------------------------------------------------------------------------------------
@@ -131,23 +109,35 @@ class Lifecycle:
         ``memory`` is how a copy's memory comes: "paged" (replaying and learning), "unlearned" (paged, without
         either), "eager", or "criu" (paged by CRIU's own daemon); all but the first are for comparison.
         """
-        trace = Trace()
-        reason, checkpoint = self.choose(build, restore_wanted=restore_wanted)
-        trace.mark("lookup")
-        self.prepared.want(build.app)
-        if checkpoint is not None and memory == "paged":
-            taken = await self._take_prepared(build, checkpoint, environment or {}, trace)
-            if taken is not None:
-                return Started(taken, None, trace.elapsed, trace.stages, "prepared")
-        if checkpoint is not None:
-            try:
-                instance = await self._restore(build, checkpoint, environment or {}, trace, memory)
-                return Started(instance, None, trace.elapsed, trace.stages, instance.memory)
-            except Exception as error:  # whatever it is, the start must not fail for it
-                reason = self._restore_failed(checkpoint, build, error)
-                trace.mark("restore_failed")
-        instance = await self._boot(build, environment or {}, trace, deferred=checkpoint is not None)
-        return Started(instance, reason, trace.elapsed, trace.stages)
+        with self._started(Start(build, environment or {})) as start:
+            trace = start.trace
+            reason, checkpoint = self.choose(build, restore_wanted=restore_wanted)
+            trace.mark("lookup")
+            self.prepared.want(build.app)
+            if checkpoint is not None and memory == "paged":
+                taken = await self._take_prepared(start, checkpoint)
+                if taken is not None:
+                    return Started(taken, None, trace.elapsed, trace.stages, "prepared")
+            if checkpoint is not None:
+                try:
+                    instance = await self._restore(start, checkpoint, memory)
+                    return Started(instance, None, trace.elapsed, trace.stages, instance.memory)
+                except Exception as error:  # whatever it is, the start must not fail for it
+                    start.proceed()
+                    reason = self._restore_failed(checkpoint, build, error)
+                    trace.mark("restore_failed")
+            instance = await self._boot(start, deferred=checkpoint is not None)
+            return Started(instance, reason, trace.elapsed, trace.stages)
+
+    @contextmanager
+    def _started(self, start: Start) -> Iterator[Start]:
+        """Known, so that it can be called off, for as long as it lasts."""
+        self._starts.add(start)
+        try:
+            yield start
+        finally:
+            self._starts.discard(start)
+            start.over.set()
 
     def choose(self, build: Build, *, restore_wanted: bool) -> tuple[str | None, Checkpoint | None]:
         """The checkpoint to start from, or the reason why none is."""
@@ -160,21 +150,16 @@ class Lifecycle:
             return None, checkpoint
         return self._capturer.why_not(build.build_id), None
 
-    async def _boot(
-        self,
-        build: Build,
-        environment: Mapping[str, str],
-        trace: Trace,
-        *,
-        deferred: bool,
-        maker: bool = False,
-    ) -> Instance:
-        instance = await self._new(build, None, deferred=deferred, maker=maker)
+    async def _boot(self, start: Start, *, deferred: bool, maker: bool = False) -> Instance:
+        build = start.build
+        instance = self._new(start, None, deferred=deferred, maker=maker)
         try:
-            await self._bringup.boot(instance, environment, trace)
-        except (RelumeError, OSError) as error:
-            await self._discard(instance, "failed")
-            if isinstance(error, StartFailed):
+            await self._spares.bring_up(instance.keeper)
+            start.proceed()
+            await self._bringup.boot(instance, start)
+        except Exception as error:
+            await self._clear_up(instance, start)
+            if isinstance(error, StartFailed) or not isinstance(error, RelumeError | OSError):
                 raise
             message = error.message if isinstance(error, RelumeError) else str(error)
             raise StartFailed(
@@ -183,60 +168,61 @@ class Lifecycle:
                 or f"relume doctor; its log: relume logs {instance.instance_id}",
                 log=instance.last_words(),
             ) from error
-        self._now_ready(instance, trace)
+        self._now_ready(instance, start)
         return instance
 
-    async def _take_prepared(
-        self, build: Build, checkpoint: Checkpoint, environment: Mapping[str, str], trace: Trace
-    ) -> Instance | None:
+    async def _take_prepared(self, start: Start, checkpoint: Checkpoint) -> Instance | None:
         """A prepared instance, let run; None where there is none, or where the one there was did not run."""
-        instance = self.prepared.take(build, checkpoint)
+        instance = self.prepared.take(start.build, checkpoint)
         if instance is None:
             return None
+        instance.start = start
         instance.state = "starting"
         instance.started_at = time.time()
         try:
-            await self._bringup.resume(instance, checkpoint, environment, trace)
-        except (RelumeError, OSError) as error:
-            log.warning("a prepared instance of %s did not run: %s", build.app, error)
-            await self._discard(instance, "failed")
+            await self._bringup.resume(instance, checkpoint, start)
+        except Exception as error:
+            await self._clear_up(instance, start)
+            start.proceed()
+            log.warning("a prepared instance of %s did not run: %s", start.build.app, error)
             return None
-        self._now_ready(instance, trace)
+        self._now_ready(instance, start)
         return instance
 
     async def prepare(self, build: Build, checkpoint: Checkpoint) -> Instance:
         """An instance restored and stopped. Raises what a restore raises; nothing of it is left then."""
-        instance = await self._new(build, checkpoint.checkpoint_id)
+        with self._started(Start(build, {})) as start:
+            instance = self._new(start, checkpoint.checkpoint_id)
+            try:
+                await self._spares.bring_up(instance.keeper)
+                start.proceed()
+                await self._bringup.prepare(instance, checkpoint, start)
+            except Exception:
+                await self._clear_up(instance, start)
+                raise
+            instance.state = "prepared"
+            self._brought_up(instance)
+            self._save(instance)
+            return instance
+
+    async def _restore(self, start: Start, checkpoint: Checkpoint, memory: str) -> Instance:
+        instance = self._new(start, checkpoint.checkpoint_id)
         try:
-            await self._bringup.prepare(instance, checkpoint)
-        except BaseException:
-            await self._discard(instance, "failed")
+            await self._spares.bring_up(instance.keeper)
+            start.proceed()
+            self._keep(await self._bringup.restore(instance, checkpoint, start, memory))
+        except Exception:
+            await self._clear_up(instance, start)
             raise
-        instance.state = "prepared"
-        self._save(instance)
+        self._now_ready(instance, start)
         return instance
 
-    async def _restore(
-        self,
-        build: Build,
-        checkpoint: Checkpoint,
-        environment: Mapping[str, str],
-        trace: Trace,
-        memory: str,
+    def _new(
+        self, start: Start, checkpoint_id: str | None, *, deferred: bool = False, maker: bool = False
     ) -> Instance:
-        instance = await self._new(build, checkpoint.checkpoint_id)
-        try:
-            self._keep(await self._bringup.restore(instance, checkpoint, environment, trace, memory))
-        except BaseException:
-            await self._discard(instance, "failed")
-            raise
-        self._now_ready(instance, trace)
-        return instance
-
-    async def _new(
-        self, build: Build, checkpoint_id: str | None, *, deferred: bool = False, maker: bool = False
-    ) -> Instance:
-        """An instance with a keeper and a name, and nothing in it yet."""
+        """An instance with a name that ``ps`` shows, and nothing behind it yet."""
+        start.proceed()
+        build = start.build
         app = self._state.app(build.app)
         for layer in build.layers:
             if not layer.path.is_dir():
@@ -244,7 +230,7 @@ class Lifecycle:
                     f"layer {layer.digest[:12]} of {build.app} is gone from {layer.path.parent}",
                     hint=f"relume deploy --fresh {app.directory} makes the build anew",
                 )
-        keeper = await self._spares.take()
+        keeper = self._spares.take()
         instance_id = keeper.container.instance_id
         instance = Instance(
             instance_id=instance_id,
@@ -257,17 +243,31 @@ class Lifecycle:
             checkpoint_id=checkpoint_id,
             deferred=deferred,
             maker=maker,
+            start=start,
         )
         self.instances[instance_id] = instance
         self._listen(instance)
         self._save(instance)
         return instance
 
-    def _now_ready(self, instance: Instance, trace: Trace) -> None:
-        trace.merge(instance.timeline)
-        trace.mark("ready")
+    async def _clear_up(self, instance: Instance, start: Start) -> None:
+        """A start has failed or was called off: nothing of it stays but its log."""
+        if start.called_off.is_set():
+            await self._terminate(instance)
+        await self._discard(instance, "failed")
+
+    def _brought_up(self, instance: Instance) -> None:
+        """From now on its end is not a start's matter."""
+        instance.start = None
+        if instance.ended.is_set():
+            self.spawn(self._over(instance))
+
+    def _now_ready(self, instance: Instance, start: Start) -> None:
+        start.trace.merge(instance.timeline)
+        start.trace.mark("ready")
+        self._brought_up(instance)
         if instance.settings.trigger == "ready" and not instance.restored:
-            self._keep(asyncio.create_task(self._checkpoint_at_ready(instance)))
+            self.spawn(self._checkpoint_at_ready(instance))
 
     def _to_prepare(self, app: str) -> tuple[Build, Checkpoint] | None:
         """The build and checkpoint that the next start of ``app`` would use, if it would restore."""
@@ -304,7 +304,8 @@ class Lifecycle:
             return
         instance = None
         try:
-            instance = await self._boot(build, {}, Trace(), deferred=False, maker=True)
+            with self._started(Start(build, {})) as start:
+                instance = await self._boot(start, deferred=False, maker=True)
             await self._made(instance)
         except RelumeError as error:
             log.warning("no new checkpoint of %s: %s", build.app, error.message)
@@ -338,8 +339,9 @@ class Lifecycle:
                 self._pager_told(instance, event["told"])
             case "failed" if instance.adopted:
                 self._keep(asyncio.create_task(self._discard(instance, "failed")))
-            case "request":
-                self._keep(asyncio.create_task(self._answer_request(instance, event["request"])))
+            case "request" if event["request"] not in instance.asked:
+                instance.asked.add(event["request"])
+                self.spawn(self._answer_request(instance, event["request"]))
             case "exit":
                 instance.exit_code = event["exit_code"]
                 self._keep(asyncio.create_task(self._over(instance)))
@@ -374,9 +376,11 @@ class Lifecycle:
             return {"status": "failed", "reason": "engine", "checkpoint_id": None, "message": str(error)}
 
     async def _checkpoint_at_ready(self, instance: Instance) -> None:
-        body = await self._checkpoint(instance)
+        await self._note_checkpoint(instance, await self._checkpoint(instance))
+
+    async def _note_checkpoint(self, instance: Instance, answer: dict[str, Any]) -> None:
         if not instance.keeper.lost.is_set():
-            await instance.keeper.note(f"relume: checkpoint at ready: {json.dumps(body)}")
+            await instance.keeper.note(f"relume: checkpoint at ready: {json.dumps(answer)}")
 
     def subject(self, instance: Instance) -> Subject:
         """The instance as the capture story needs it."""
@@ -401,26 +405,37 @@ class Lifecycle:
     async def _watch_keeper(self, instance: Instance) -> None:
         """A keeper that dies takes the instance's stdio along: end what is left of it."""
         await instance.keeper.lost.wait()
-        if instance.exit_code is None and not instance.ended.is_set():
+        if instance.exit_code is None and not instance.discarding:
             log.error("the keeper of %s is gone; ending the instance", instance.instance_id)
             await self._over(instance)
 
     async def _over(self, instance: Instance) -> None:
         """It has ended by itself or was stopped: take its ground away, keep its log."""
-        if instance.ended.is_set() or self.instances.get(instance.instance_id) is not instance:
-            return
-        wanted = instance.state == "stopping" or instance.exit_code == 0
-        await self._discard(instance, "exited" if wanted or instance.ready.is_set() else "failed")
-
-    async def _discard(self, instance: Instance, state: str) -> None:
-        if self.instances.pop(instance.instance_id, None) is None:
-            return  # somebody else is at it
-        instance.state = "failed" if state == "failed" else "exited"
         instance.ended.set()
-        self._state.end_instance(instance.instance_id, state)
-        await asyncio.to_thread(self._ground.clear, instance.places, instance.instance_id)
-        await instance.keeper.end()
-        await instance.keeper.close()
+        if instance.start is not None:
+            return  # the start sees it, and clears up
+        kept = instance.ready.is_set() and not instance.keeper.lost.is_set()
+        await self._discard(instance, "exited" if kept or instance.exit_code == 0 else "failed")
+
+    async def _discard(self, instance: Instance, state: InstanceState) -> None:
+        """End it if it still runs, and leave nothing of it but its log."""
+        if instance.discarding:
+            await instance.gone.wait()
+            return
+        instance.discarding = True
+        try:
+            # The keeper first: it knows what is going on, a boot or a dump, and ends that too.
+            await instance.keeper.end()
+            instance.ended.set()
+            await instance.keeper.close()
+            await asyncio.to_thread(self._ground.clear, instance.places, instance.instance_id)
+        except OSError as error:
+            log.error("clearing up after %s (the next run tries again): %s", instance.instance_id, error)
+        finally:
+            instance.state = "exited" if instance.state == "stopping" else state
+            self._state.end_instance(instance.instance_id, instance.state, instance.exit_code)
+            del self.instances[instance.instance_id]
+            instance.gone.set()
         self.prune(instance.build.app, _KEEP_ENDED)
 
     async def _forget(self, instance: Instance) -> None:
@@ -433,10 +448,30 @@ class Lifecycle:
 
     async def stop(self, instance: Instance) -> None:
         """SIGTERM, patience, SIGKILL; returns when nothing of it is left but its log."""
-        if instance.ended.is_set():
+        if instance.gone.is_set():
             return
         instance.state = "stopping"
         self._save(instance)
+        if (start := instance.start) is not None:
+            start.called_off.set()
+            await start.over.wait()
+        if not instance.gone.is_set():
+            await self._terminate(instance)
+            await self._discard(instance, "exited")
+
+    async def call_off(self, app: str) -> None:
+        """Call off what is being started of ``app``, also where there is no instance of it just now."""
+        starts = [start for start in self._starts if start.build.app == app]
+        for start in starts:
+            start.called_off.set()
+        for start in starts:
+            await start.over.wait()
+
+    async def _terminate(self, instance: Instance) -> None:
+        """SIGTERM and patience, for an app that handles it.
+
+        Without a handler the first process of a pid namespace never sees a SIGTERM (pid_namespaces(7)).
+        """
         pid = int((await self._ask_pid(instance)) or 0)
         if pid and process.catches(pid, signal.SIGTERM):
             await instance.keeper.signal(signal.SIGTERM)
@@ -445,9 +480,6 @@ class Lifecycle:
                     await instance.ended.wait()
             except TimeoutError:
                 pass
-        if not instance.ended.is_set():
-            # Without a handler the first process of a pid namespace never sees a SIGTERM (pid_namespaces(7)).
-            await self._discard(instance, "exited")
 
     async def _ask_pid(self, instance: Instance) -> int | None:
         try:
@@ -469,11 +501,14 @@ class Lifecycle:
     async def adopt(self, row: dict[str, Any], build: Build) -> bool:
         """Take a running instance over from an earlier run of this node; whether it still runs."""
         facts = row["facts"]
-        container = Container(**facts["container"])
-        keeper = Keeper(container, lambda event: None)
+        early: list[dict[str, Any]] = []
+        keeper = Keeper(Container(**facts["container"]), early.append)
         try:
-            told = await keeper.connect(patience=0.5)
-        except RelumeError:
+            async with asyncio.timeout(_ADOPT_PATIENCE):
+                told = await keeper.connect(patience=0.5)
+        except (RelumeError, TimeoutError) as error:
+            log.info("%s was not there any more: %s", row["instance_id"], error)
+            await keeper.close()
             return False
         if told["phase"] not in ("starting", "ready"):  # a prepared one is made anew
             await keeper.end()
@@ -498,32 +533,49 @@ class Lifecycle:
             instance.state = "ready"
             instance.ready.set()
         self.instances[instance.instance_id] = instance
+        instance.asked.update(told["requests"])
         self._listen(instance)
-        self._keep(asyncio.create_task(self._catch_up(instance, told["requests"])))
-        if not instance.ready.is_set():
-            self._keep(asyncio.create_task(self._see_through(instance)))
+        for event in early:  # between its first word and our listening
+            self._heard(instance, event)
+        self.spawn(self._see_through(instance, told))
         return True
 
-    async def _see_through(self, instance: Instance) -> None:
-        """A start that an earlier run of this node began: nobody waits for it, but it must not linger."""
+    async def _see_through(self, instance: Instance, told: dict[str, Any]) -> None:
+        """Bring to an end what an earlier run of this node began with the instance, and nobody else will."""
+        checkpointed = await self._catch_up(instance, told)
         try:
             await instance.until_ready(instance.settings.boot_timeout)
         except StartFailed as error:
             log.warning("%s", error.message)
             await self._discard(instance, "failed")
+            return
+        if instance.settings.trigger == "ready" and not instance.restored and not checkpointed:
+            await self._checkpoint_at_ready(instance)
+        if instance.maker:
+            await self._made(instance)
+            await self.stop(instance)
 
-    async def _catch_up(self, instance: Instance, requests: list[int]) -> None:
-        """Answer what waited: first the dump that was going on, then the requests in their order."""
-        answers = [
-            await self._capturer.resume(self.subject(instance), intent)
-            for intent in self._shelf.unfinished()
-            if intent.instance_id == instance.instance_id
-        ]
-        for request in requests:
-            if answers:
-                await instance.keeper.answer(request, 200, answers.pop(0))
+    async def _catch_up(self, instance: Instance, told: dict[str, Any]) -> bool:
+        """Answer what waits: a dump that was going on first. Returns whether there was one that came to an end."""
+        answer = await self._unfinished(instance, told["dump"])
+        begun = told["dump"]["requests"] if told["dump"] else []
+        for request in told["requests"]:
+            if answer is not None and request in begun:
+                await instance.keeper.answer(request, 200, answer)
+                begun = []  # who asked while it went on was told so, or asks anew
             else:
                 await self._answer_request(instance, request)
+        if answer is not None and instance.settings.trigger == "ready":
+            await self._note_checkpoint(instance, answer)
+        return answer is not None
+
+    async def _unfinished(self, instance: Instance, dump: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The answer of a checkpoint that an earlier run of this node began or did not come to tell of."""
+        subject = self.subject(instance)
+        for intent in self._shelf.unfinished():
+            if intent.instance_id == instance.instance_id:
+                return await self._capturer.resume(subject, intent)
+        return self._capturer.unsaid(subject, dump["dump_id"]) if dump is not None else None
 
     # --- the rest ---------------------------------------------------------------------------------
 
@@ -562,7 +614,14 @@ class Lifecycle:
         return task
 
     async def close(self) -> None:
-        """Drop the connections; the instances run on."""
+        """Drop the connections; the instances run on, and so do starts that have come to runc."""
+        beginning = [start for start in self._starts if not start.under_way]
+        for start in beginning:
+            start.called_off.set()
+        for start in beginning:
+            await start.over.wait()
+        for instance in [one for one in self.instances.values() if one.discarding]:
+            await instance.gone.wait()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -17,6 +17,10 @@ from relume.runc import Runc
 log = logging.getLogger(__name__)
 
 
+_PATIENCE = 2.0
+"""Seconds for keepers in the making to come up when the node goes."""
+
+
 class Spares:
     """Holds ``count`` connected keepers without an app; a taken one is replaced in the background."""
 
@@ -40,30 +44,40 @@ class Spares:
             task.add_done_callback(self._making.discard)
 
     async def _add(self) -> None:
+        keeper = self._new()
         try:
-            self._ready.append(await self._make())
-        except (RelumeError, OSError) as error:
+            await self.bring_up(keeper)
+        except BaseException as error:  # one that does come up late goes by itself: nobody connects to it
+            await self._drop(keeper)
+            if not isinstance(error, RelumeError | OSError):
+                raise
             log.error("no spare keeper: %s", error)
+        else:
+            self._ready.append(keeper)
 
-    async def take(self) -> Keeper:
-        """A keeper with a fresh instance id; one that waits, if there is one."""
+    def take(self) -> Keeper:
+        """A keeper with a fresh instance id; one that waits, if there is one. To be brought up before use."""
+        asyncio.get_running_loop().call_later(1.0, self.refill)
         while self._ready:
             keeper = self._ready.pop()
             if not keeper.lost.is_set():
-                break
+                return keeper
             self._ground.clear(
                 self._places.instance(keeper.container.instance_id), keeper.container.instance_id
             )
-        else:
-            keeper = await self._make()
-        asyncio.get_running_loop().call_later(1.0, self.refill)
-        return keeper
+        return self._new()
 
-    async def _make(self) -> Keeper:
+    async def bring_up(self, keeper: Keeper) -> None:
+        """Start and connect ``keeper``, unless it has waited. Raises RelumeError or OSError."""
+        if not keeper.connected:
+            self._ground.prepare(self._places.instance(keeper.container.instance_id))
+            await Keeper.spawn(keeper.container)
+            await keeper.connect()
+
+    def _new(self) -> Keeper:
         instance_id = f"i-{secrets.token_hex(6)}"
         places = self._places.instance(instance_id)
-        self._ground.prepare(places)
-        keeper = Keeper(
+        return Keeper(
             Container(
                 instance_id=instance_id,
                 runtime=str(places.runtime),
@@ -75,27 +89,23 @@ class Spares:
             ),
             _unheard,
         )
-        try:
-            await Keeper.spawn(keeper.container)
-            await keeper.connect()
-        except BaseException:  # one that does come up late goes by itself: nobody connects to it
-            await keeper.close()
-            self._ground.clear(places, instance_id)
-            raise
-        return keeper
 
     async def close(self) -> None:
         """End those that wait, and take their ground away; none is made any more."""
         self._closed = True
+        if self._making:
+            # A keeper that is up can be told to end; one that was just started cannot yet.
+            await asyncio.wait(self._making, timeout=_PATIENCE)
         for task in self._making:
             task.cancel()
         await asyncio.gather(*self._making, return_exceptions=True)
         for keeper in self._ready:
-            await keeper.end()
-            await keeper.close()
-            self._ground.clear(
-                self._places.instance(keeper.container.instance_id), keeper.container.instance_id
-            )
+            await self._drop(keeper)
+
+    async def _drop(self, keeper: Keeper) -> None:
+        await keeper.end()
+        await keeper.close()
+        self._ground.clear(self._places.instance(keeper.container.instance_id), keeper.container.instance_id)
 
 
 def _unheard(event: dict[str, Any]) -> None:

@@ -127,10 +127,11 @@ class State:
             (instance_id, app, build_id, state, started_at, json.dumps(facts)),
         )
 
-    def end_instance(self, instance_id: str, state: str) -> None:
+    def end_instance(self, instance_id: str, state: str, exit_code: int | None) -> None:
         self._db.execute(
-            "update instances set state = ?, ended_at = ? where instance_id = ?",
-            (state, time.time(), instance_id),
+            "update instances set state = ?, ended_at = ?, facts = json_set(facts, '$.exit_code', ?)"
+            " where instance_id = ?",
+            (state, time.time(), exit_code, instance_id),
         )
 
     def instances(self) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ class FakeKeeper:
     def __init__(self, container: Container, on_event: Any) -> None:
         self.container = container
         self.lost = asyncio.Event()
-        self.ended = self.closed = False
+        self.ended = self.closed = self.connected = False
         self.made.append(self)
 
     @staticmethod
@@ -51,6 +51,7 @@ class FakeKeeper:
         await self.gate.wait()
         if self.broken:
             raise KeeperLost("it does not answer")
+        self.connected = True
         return {}
 
     async def end(self) -> None:
@@ -58,6 +59,12 @@ class FakeKeeper:
 
     async def close(self) -> None:
         self.closed = True
+
+
+async def take(spares: Spares) -> Any:
+    keeper = spares.take()
+    await spares.bring_up(keeper)
+    return keeper
 
 
 class Bench:
@@ -91,7 +98,7 @@ async def test_one_that_waits_is_taken_and_no_other_is_made(keepers: type[FakeKe
     bench.spares.refill()  # those in the making count
     await settle()
     assert len(keepers.made) == 2
-    taken = await bench.spares.take()
+    taken = await take(bench.spares)
     assert taken in keepers.made and len(keepers.made) == 2
     bench.spares.refill()
     await settle()
@@ -103,7 +110,7 @@ async def test_one_that_waits_is_taken_and_no_other_is_made(keepers: type[FakeKe
 
 async def test_ids_are_unique_and_the_places_are_the_nodes(keepers: type[FakeKeeper]) -> None:
     bench = Bench(0)
-    containers = [(await bench.spares.take()).container for _ in range(20)]
+    containers = [(await take(bench.spares)).container for _ in range(20)]
     assert len({container.instance_id for container in containers}) == 20
     assert all(container.cgroup == f"/relume/n1/{container.instance_id}" for container in containers)
     await bench.spares.close()
@@ -115,7 +122,7 @@ async def test_one_that_died_while_it_waited_is_cleared_away(keepers: type[FakeK
     await settle()
     dead = keepers.made[0]
     dead.lost.set()
-    taken = await bench.spares.take()
+    taken = await take(bench.spares)
     assert taken is not dead
     assert bench.ground.there == {taken.container.instance_id}
     await bench.spares.close()
@@ -130,11 +137,12 @@ async def test_a_failure_leaves_nothing_and_is_told(
     await settle()
     assert "it does not answer" in caplog.text
     with pytest.raises(KeeperLost):
-        await bench.spares.take()
-    assert bench.ground.there == set()
+        await take(bench.spares)
+    failed = keepers.made[-1].container.instance_id
+    assert bench.ground.there == {failed}, "what was taken is its taker's to clear away"
     keepers.broken = False
-    taken = await bench.spares.take()
-    assert bench.ground.there == {taken.container.instance_id}
+    taken = await take(bench.spares)
+    assert bench.ground.there == {failed, taken.container.instance_id}
     await bench.spares.close()
 
 

@@ -93,13 +93,14 @@ def test_instances_are_found_again(tmp_path: Path) -> None:
     save(state, 2)
     save(state, 1, facts={"port": 1})
     save(state, 1, state="ready", facts={"port": 8080, "container": {"x": [1, None]}})
-    state.end_instance("i-2", "exited")
+    state.end_instance("i-2", "exited", 3)
     state.close()
     state = State(tmp_path)
     first, second = state.instances()
     assert (first["instance_id"], first["state"], first["ended_at"]) == ("i-1", "ready", None)
     assert first["facts"] == {"port": 8080, "container": {"x": [1, None]}}
     assert second["state"] == "exited" and second["ended_at"] is not None
+    assert second["facts"]["exit_code"] == 3
     state.forget_instance("i-2")
     assert [row["instance_id"] for row in state.instances()] == ["i-1"]
     state.close()
@@ -110,9 +111,9 @@ def test_only_the_oldest_ended_ones_are_pruned(tmp_path: Path) -> None:
     for number in range(6):
         save(state, number)
         if number != 0:
-            state.end_instance(f"i-{number}", "exited")
+            state.end_instance(f"i-{number}", "exited", None)
     save(state, 9, "other")
-    state.end_instance("i-9", "exited")
+    state.end_instance("i-9", "exited", None)
     assert state.prunable("a", 3) == ["i-2", "i-1"]  # i-0 is the oldest, and lives
     assert state.prunable("a", 9) == []
     state.close()
