@@ -7,6 +7,7 @@ Verbs that take long answer a stream of JSON lines, ``{"progress": text}`` until
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -88,8 +89,9 @@ async def _stream(request: web.Request, verb: Callable[[Progress], Awaitable[Any
         lines.put_nowait(None)
 
     request.app[NODE].lifecycle.spawn(run())
-    while (line := await lines.get()) is not None:
-        await response.write(json.dumps(line).encode() + b"\n")
+    with contextlib.suppress(ConnectionResetError):  # the caller is gone; what was asked for goes on
+        while (line := await lines.get()) is not None:
+            await response.write(json.dumps(line).encode() + b"\n")
     return response
 
 
@@ -180,8 +182,9 @@ async def _logs(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers={"content-type": "application/octet-stream"})
     await response.prepare(request)
     wanted = "follow" in request.query
-    async for piece in follow(path, ended=instance.ended if instance and wanted else None):
-        await response.write(piece)
+    with contextlib.suppress(ConnectionResetError):  # the reader has read enough
+        async for piece in follow(path, ended=instance.ended if instance and wanted else None):
+            await response.write(piece)
     return response
 
 
