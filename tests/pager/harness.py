@@ -74,7 +74,9 @@ class PagerProcess:
             for event in self.events:
                 if event["event"] == name:
                     return event
-            assert not self.events or self.events[-1]["event"] not in ("failed", "filled", "gone"), self.events
+            assert not self.events or self.events[-1]["event"] not in ("failed", "filled", "gone"), (
+                self.events
+            )
             self.control.settimeout(max(0.01, deadline - time.monotonic()))
             received = self.control.recv(65536)
             assert received, f"the pager is gone without {name!r}: {self.events}"
@@ -140,7 +142,19 @@ class Checkpoint:
     def restore(self, *, lazy: bool, stopped: bool = False) -> subprocess.CompletedProcess[bytes]:
         """``criu restore``, detached. ``stopped`` leaves every task before its first instruction."""
         work = self.folder / f"work-{self._runs}" if lazy else self.folder
-        command = [criu(), "restore", "-d", "-D", self.images, "-W", work, "-o", "restore.log", "-v4", *OPTIONS]
+        command = [
+            criu(),
+            "restore",
+            "-d",
+            "-D",
+            self.images,
+            "-W",
+            work,
+            "-o",
+            "restore.log",
+            "-v4",
+            *OPTIONS,
+        ]
         if lazy:
             command.append("--lazy-pages")
         if stopped:
@@ -166,7 +180,9 @@ class Checkpoint:
 
     def pages(self) -> dict[tuple[int, int], bytes]:
         """A hash of every page of private anonymous memory of every process, by (pid, address)."""
-        return {(pid, address): digest for pid in self.pids for address, digest in _anonymous(pid, self._rseq)}
+        return {
+            (pid, address): digest for pid in self.pids for address, digest in _anonymous(pid, self._rseq)
+        }
 
 
 def running(pid: int) -> bool:
@@ -181,7 +197,11 @@ def _anonymous(pid: int, rseq: set[int]) -> Iterator[tuple[int, bytes]]:
     with Path(f"/proc/{pid}/maps").open() as maps, Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         for line in maps:
             fields = line.split()
-            if fields[1][3] != "p" or (len(fields) > 5 and fields[5] != "[heap]") or fields[1].startswith("---"):
+            if (
+                fields[1][3] != "p"
+                or (len(fields) > 5 and fields[5] != "[heap]")
+                or fields[1].startswith("---")
+            ):
                 continue
             start, end = (int(bound, 16) for bound in fields[0].split("-"))
             for block in range(start, end, 1 << 20):

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import SNIPPET, App, Failed, Relume, get, until
 
+from harness import SNIPPET, App, Failed, Relume, get, until
 from relume.linux import cgroup, mounts
 
 
@@ -168,7 +168,8 @@ def many(_):
 ACTIONS["many"] = many
 def large(_):
     with socket.create_connection(("169.254.169.253", 8234), timeout=30) as raw:
-        raw.sendall(b"POST /checkpoint HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 1073741824\\r\\n\\r\\n" + b"x" * 100000)
+        head = b"POST /checkpoint HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 1073741824\\r\\n\\r\\n"
+        raw.sendall(head + b"x" * 100000)
         return raw.recv(65536).decode("latin-1").split("\\r\\n")[0]
 ACTIONS["large"] = large
 serve()

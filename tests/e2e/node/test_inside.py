@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import SNIPPET, App, Failed, Relume, get
 
+from harness import SNIPPET, App, Failed, Relume, get
 from relume.linux import cgroup
 
 PROBES = """

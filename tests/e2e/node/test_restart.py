@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import leftovers
 import pytest
-from harness import MAIN, SNIPPET, App, Relume, get, until
 
+import leftovers
+from harness import MAIN, SNIPPET, App, Relume, get, until
 from relume.linux import cgroup
 
 TICKS = """
@@ -139,7 +139,10 @@ serve()
         until(lambda one=one: not cgroup.processes(f"/relume/{node}/{one['instance_id']}"))  # type: ignore[misc]
     second.start_node()
     rows = {row["instance_id"]: (row["state"], row["exit_code"]) for row in second.ps(app.name)}
-    assert rows == {started["instance_id"]: ("exited", 7), killed["instance_id"]: ("exited", 128 + signal.SIGKILL)}
+    assert rows == {
+        started["instance_id"]: ("exited", 7),
+        killed["instance_id"]: ("exited", 128 + signal.SIGKILL),
+    }
     for one in (started, killed):
         leftovers.soon_nothing(leftovers.of_instance, node, one["instance_id"])
     assert "the last words" in second.logs(started["instance_id"])
@@ -328,7 +331,9 @@ def test_a_killed_keeper_ends_its_instance(relume: Relume, app: App) -> None:
         assert started["restored"] is restored
         instance = started["instance_id"]
         os.kill(_keeper(node, instance), signal.SIGKILL)
-        until(lambda instance=instance: instance not in [row["instance_id"] for row in living(relume, app.name)])  # type: ignore[misc]
+        until(
+            lambda instance=instance: instance not in [row["instance_id"] for row in living(relume, app.name)]
+        )  # type: ignore[misc]
         (row,) = [row for row in relume.ps(app.name) if row["instance_id"] == instance]
         assert row["state"] == "failed"
         assert f"the keeper of {instance} is gone" in relume.log.read_text()
