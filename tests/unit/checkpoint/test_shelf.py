@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def test_from_the_intent_to_the_shelf(shelf: Shelf, begun: Any, checkpoint_of: A
     shelf.publish(intent.dump_id, checkpoint)
     assert shelf.load(checkpoint.checkpoint_id) == checkpoint
     assert shelf.all() == shelf.of_build("b1") == [checkpoint]
-    assert shelf.of_build("b2") == shelf.unfinished() == []
+    assert shelf.of_build("b2") == [] and shelf.unfinished() == []
     assert not directory.exists()
     images = shelf.directory(checkpoint.checkpoint_id) / "images"
     assert (images.stat().st_mode & 0o777, (images / "pages-1.img").stat().st_mode & 0o777) == (0o750, 0o640)
@@ -224,7 +225,7 @@ def test_a_removal_that_was_interrupted(
 ) -> None:
     """It is gone from the first moment, and its bytes at the next start."""
     with monkeypatch.context() as patched:
-        patched.setattr(module.shutil, "rmtree", lambda path, ignore_errors: None)
+        patched.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
         shelf.remove(published)
     assert shelf.all() == []
     assert everything(shelf.root) != set()

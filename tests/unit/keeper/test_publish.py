@@ -247,7 +247,7 @@ async def test_many_connections(publish: Any) -> None:
         reader, writer = await published.connect()
         writer.write(b"%d" % number)
         writer.write_eof()
-        got = await reader.read()
+        got: bytes = await reader.read()
         writer.close()
         return got
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from relume.linux import netns
+from relume.linux import netns, syscall
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> netns.Inside:
         def setns(self, namespace: int, kind: int) -> int:
             return 0
 
-    monkeypatch.setattr(netns.syscall, "libc", Libc)
+    monkeypatch.setattr(syscall, "libc", Libc)
     return netns.Inside(-1)
 
 
