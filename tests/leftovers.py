@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from harness import Relume
-
 from relume.linux import cgroup, mounts
 
 RUN = Path("/run/relume")
@@ -19,7 +18,9 @@ def node_id(relume: Relume) -> str:
 
 def of_instance(node: str, instance: str) -> list[str]:
     """Directory, mounts, control groups and processes of one instance."""
-    return _below(RUN / node / instance, f"/relume/{node}/{instance}") + _mentioning(f"{RUN}/{node}/{instance}")
+    return _below(RUN / node / instance, f"/relume/{node}/{instance}") + _mentioning(
+        f"{RUN}/{node}/{instance}"
+    )
 
 
 def of_node(relume: Relume, node: str) -> list[str]:

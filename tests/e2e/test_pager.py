@@ -6,15 +6,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "pager"))
-from harness import SOURCE, Checkpoint, compile_program, running, wait_until
+from pager.harness import SOURCE, Checkpoint, compile_program, running, wait_until
 from relume.images import read_pagemap
 from relume.images.integrity import record
 from relume.pager import working_set
