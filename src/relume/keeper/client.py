@@ -155,6 +155,7 @@ class Keeper:
         with contextlib.suppress(EngineError, TimeoutError):
             async with asyncio.timeout(_END_PATIENCE):
                 await self.ask("end")
+                await self.lost.wait()
 
     async def close(self) -> None:
         """Drop the connection only."""

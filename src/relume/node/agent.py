@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -47,6 +48,7 @@ class Node:
         self.places = Places(state, self._state.node_id())
         self._runc = Runc(find_runc(), self.places.runc_root, find_criu())
         self.pages_lazily = machine.prepare(self.places, allow_userfaultfd=config.node.allow_userfaultfd)
+        self._claim = machine.claim(self.places)
         self.platform = platform.here(
             criu=machine.program_version(find_criu(), "--version"),
             runc=machine.program_version(find_runc(), "--version"),
@@ -132,6 +134,7 @@ class Node:
         self._ground.close()
         if not self.lifecycle.instances:
             machine.tidy(self.places)
+        os.close(self._claim)
         self._state.close()
 
     # --- verbs ------------------------------------------------------------------------------------

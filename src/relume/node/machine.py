@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
-from relume.errors import HostError
+from relume.errors import Conflict, HostError
 from relume.linux import cgroup
 from relume.node.places import CGROUP, KDAT_DIRECTORY, RUN, Places
 
@@ -33,6 +34,24 @@ def prepare(places: Places, *, allow_userfaultfd: bool) -> bool:
         (places.state / name).mkdir(mode=0o700, exist_ok=True)
     _prepare_kdat()
     return allow_userfaultfd and _allow_userfaultfd()
+
+
+def claim(places: Places) -> int:
+    """A descriptor that locks the runtime directory, made by :func:`prepare`, for as long as it is open.
+
+    The state has a lock of its own, but a copy of the state has the same node id: its node would take the
+    instances of the first one for its own leftovers. Raises Conflict.
+    """
+    descriptor = os.open(places.runtime, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise Conflict(
+            f"a node with the id {places.node_id} runs already: {places.state} is a copy of its state",
+            hint="stop the other one, or begin with an empty directory as RELUME_STATE and deploy there",
+        ) from None
+    return descriptor
 
 
 def _prepare_kdat() -> None:
