@@ -103,6 +103,8 @@ def test_instances_do_not_notice(second: Relume, app: App) -> None:
     rows = {row["instance_id"]: (row["state"], row["url"]) for row in second.ps(app.name)}
     assert rows == {one["instance_id"]: ("ready", one["url"]) for one in started}
     assert [again(connection, "/count")["hits"] for connection in connections] == [4, 4]
+    for connection in connections:
+        connection.close()
     for one in started:
         seen = ticks(second.logs(one["instance_id"]))
         assert seen == list(range(len(seen))), "no line is missing"
