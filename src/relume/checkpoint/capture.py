@@ -168,9 +168,12 @@ class Capturer:
 
     async def _try(self, subject: Subject, expected: int) -> tuple[dict[str, Any], bool]:
         """One dump: the answer, and whether it failed for something that passes by itself."""
-        directory, intent = self._shelf.begin(
-            instance_id=subject.instance_id, app=subject.app, build_id=subject.build_id, now=time.time()
-        )
+        try:
+            directory, intent = self._shelf.begin(
+                instance_id=subject.instance_id, app=subject.app, build_id=subject.build_id, now=time.time()
+            )
+        except OSError as error:
+            return _broken(subject, error), False
         try:
             result = await subject.keeper.dump(self._job(subject, intent, directory, expected))
             busy = bool(result.error) and criulog.explain(directory / "work" / "dump.log").kind == "busy"
@@ -252,8 +255,7 @@ class Capturer:
 
     def _give_up(self, subject: Subject, intent: Intent, error: RelumeError | OSError) -> dict[str, Any]:
         self._shelf.abandon(intent.dump_id)
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        return _answer(subject, "failed", "insufficient_disk" if full else "engine", message=str(error))
+        return _broken(subject, error)
 
     def _complete(self, subject: Subject, intent: Intent, result: DumpResult, directory: Path) -> Checkpoint:
         started = time.monotonic()
@@ -328,6 +330,11 @@ def _created(subject: Subject, checkpoint: Checkpoint, *, seconds: float) -> dic
         left_behind=checkpoint.left_behind,
         warnings=checkpoint.warnings,
     )
+
+
+def _broken(subject: Subject, error: RelumeError | OSError) -> dict[str, Any]:
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return _answer(subject, "failed", "insufficient_disk" if full else "engine", message=str(error))
 
 
 def _unsupported(subject: Subject, culprits: list[dict[str, Any]]) -> dict[str, Any]:

@@ -146,7 +146,10 @@ class Shelf:
         _sync_tree(directory)
         finished = self.directory(checkpoint.checkpoint_id)
         directory.rename(finished)
-        _sync(self.root)
+        try:
+            _sync(self.root)
+        except OSError:
+            pass  # it is there and whole; only a power failure right now could take its name back
         (finished / "intent.json").unlink(missing_ok=True)
 
     # --- finding ----------------------------------------------------------------------------------
@@ -169,6 +172,11 @@ class Shelf:
             except NotFound:
                 continue
         return sorted(found, key=lambda checkpoint: checkpoint.created_at)
+
+    def unreadable(self) -> list[str]:
+        """Names of directories that should be checkpoints and are not, e.g. of another version of relume."""
+        known = {checkpoint.checkpoint_id for checkpoint in self.all()}
+        return sorted(path.name for path in self.root.glob("cp-*") if path.name not in known)
 
     def of_build(self, build_id: str) -> list[Checkpoint]:
         return [checkpoint for checkpoint in self.all() if checkpoint.build_id == build_id]

@@ -117,6 +117,8 @@ class Node:
                 if directory.name not in living:
                     self._clear(directory.name)
         self._shelf.clear_half_made()
+        for name in self._shelf.unreadable():
+            log.warning("%s cannot be read; `relume checkpoints rm %s` frees its disk space", name, name)
         for intent in self._shelf.unfinished():
             if intent.instance_id not in living:
                 self._shelf.abandon(intent.dump_id)
