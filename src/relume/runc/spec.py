@@ -175,5 +175,10 @@ class Spec:
             Mount("/dev/shm", "shm", "tmpfs", (*_QUIET, "mode=1777", f"size={self.shm_bytes}")),
             Mount("/dev/mqueue", "mqueue", "mqueue", _QUIET),
             sys,
-            Mount("/sys/fs/cgroup", "cgroup", "cgroup", (*_QUIET, "relatime", "ro")),
+            # A build has no use for it, and mounting it trips over hierarchies that a CRIU elsewhere has just mounted.
+            *(
+                ()
+                if self.host_network
+                else (Mount("/sys/fs/cgroup", "cgroup", "cgroup", (*_QUIET, "relatime", "ro")),)
+            ),
         ]
