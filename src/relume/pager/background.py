@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from relume.pager import room, working_set
 from relume.pager.ranges import Range
@@ -141,17 +141,17 @@ class Replay:
                 block = self._queue.popleft()
             except IndexError:
                 break
-            for piece in block:
-                while (space := space_of(piece.pages_id)) is None and not self.all_named:
+            for pages_id, pieces in itertools.groupby(block, lambda piece: piece.pages_id):
+                while (space := space_of(pages_id)) is None and not self.all_named:
                     time.sleep(_RETRY_SECONDS)
                 if space is None or space.dead:
                     continue
-                for part in space.locate(piece.offset, piece.length):
-                    done = bring(space, part, self._pace)
-                    copied += done
-                    ahead += 0 if space.restored else done
-                    if done and not self._began:
-                        self._began = time.monotonic()
+                parts = [part for piece in pieces for part in space.locate(piece.offset, piece.length)]
+                done = bring(space, parts, self._pace)
+                copied += done
+                ahead += 0 if space.restored else done
+                if done and not self._began:
+                    self._began = time.monotonic()
         with self._lock:
             self.copied += copied
             self.ahead += ahead
@@ -163,24 +163,36 @@ class Replay:
             self._done(self)
 
 
-def bring(space: AddressSpace, wanted: Range, pace: Pace) -> int:
+def bring(space: AddressSpace, wanted: Iterable[Range], pace: Pace) -> int:
     """Copies ``wanted`` in steps, as far as it is pending; returns the bytes copied.
 
     Leaves out what keeps changing: the fill, or a fault, brings that in.
     """
     copied = 0
-    position = wanted.start
     retries = 0
-    while position < wanted.end and not space.dead:
-        part = wanted.cut(position, position + pace.step)
-        outcome, done = space.bring(part)
+    rest = deque(wanted)
+    while rest and not space.dead:
+        step = _step(rest, pace.step)
+        outcome, done = space.bring(step)
         copied += done
         if outcome is Served.LATER and retries < _RETRIES:
             retries += space.restored
+            rest.extendleft(reversed(step))
             time.sleep(_RETRY_SECONDS)
-            continue
-        position = part.end
     return copied
+
+
+def _step(rest: deque[Range], size: int) -> list[Range]:
+    """Takes ranges of ``size`` bytes together, at most, from the front of ``rest``."""
+    taken: list[Range] = []
+    while rest and size > 0:
+        each = rest.popleft()
+        if each.length > size:
+            rest.appendleft(each.cut(each.start + size, each.end))
+            each = each.cut(each.start, each.start + size)
+        taken.append(each)
+        size -= each.length
+    return taken
 
 
 class Fill:
@@ -231,7 +243,7 @@ class Fill:
         for part in self._parts(space):
             self._wait_for_room(part.length)
             began = time.monotonic()
-            outcome, done = space.bring(part)
+            outcome, done = space.bring([part])
             took = time.monotonic() - began
             self._room -= done
             space.counters.filled_bytes += done

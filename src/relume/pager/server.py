@@ -16,6 +16,7 @@ import selectors
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ STOPPED = "stopped"
 
 _RETRY_SECONDS = 0.001
 _PROBE_SECONDS = 1.0
+_TIDY_SECONDS = 0.02
 _DEMAND_THREADS = 3
 
 
@@ -55,6 +57,10 @@ class Pager:
         self._selector = selectors.DefaultSelector()
         self._pace = background.Pace()
         self._spaces: list[AddressSpace] = []
+        self._hungry: set[AddressSpace] = set()
+        """Those with faults to be served."""
+        self._returned: deque[AddressSpace] = deque()
+        """Those for which a thread that may wait could not serve one."""
         self._finished: list[Counters] = []
         self._survived = False
         self._pagemaps: dict[int, Pagemap] = {}
@@ -91,18 +97,21 @@ class Pager:
         # Needed before CRIU is done: its restorer touches the memory it has just registered.
         for number in range(_DEMAND_THREADS):
             threading.Thread(target=self._serve_slow, name=f"demand-{number}", daemon=True).start()
-        probed = time.monotonic()
+        probed = tidied = time.monotonic()
         while not self._over():
-            busy = any(space.waiting for space in self._spaces)
-            for key, _ in self._selector.select(_RETRY_SECONDS if busy else _PROBE_SECONDS):
+            for key, _ in self._selector.select(_RETRY_SECONDS if self._hungry else _PROBE_SECONDS):
                 key.data()
-            for space in list(self._spaces):
+            while self._returned:
+                self._hungry.add(self._returned.popleft())
+            for space in list(self._hungry):
                 self._serve(space)
             now = time.monotonic()
             if now - probed > _PROBE_SECONDS:
                 probed = now
                 self._probe()
-            self._close_complete()
+            if now - tidied > _TIDY_SECONDS or not self._hungry:
+                tidied = now
+                self._close_complete()
         return self._end()
 
     def _open_images(self) -> None:
@@ -224,6 +233,7 @@ class Pager:
         if space.dead:
             return
         self._pace.fault()
+        self._hungry.add(space)
         for child in space.read():
             self._watch_space(child)
             if self._fill:
@@ -239,6 +249,8 @@ class Pager:
             outcome = space.serve(address)
             if outcome is not Served.LATER:
                 space.waiting.discard(address)
+        if not space.waiting:
+            self._hungry.discard(space)
 
     def _serve_slow(self) -> None:
         try:
@@ -247,6 +259,7 @@ class Pager:
                 outcome = space.serve(address)
                 if outcome is Served.LATER:
                     space.waiting.add(address)
+                    self._returned.append(space)
                 space.asked.discard(address)
                 self._wake()
         except BaseException as error:
@@ -320,6 +333,7 @@ class Pager:
                 self._selector.unregister(space.descriptor)
                 space.close()
                 self._spaces.remove(space)
+                self._hungry.discard(space)
                 self._survived |= not was_dead
                 self._finished.append(space.counters)
 

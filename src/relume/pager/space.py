@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from relume.errors import PagerError
@@ -74,7 +74,7 @@ class _Stream:
     window: int
 
 
-@dataclass
+@dataclass(eq=False)
 class AddressSpace:
     """``name`` for logs; ``layout`` has the image's order: offset in the pages file -> address at the dump.
 
@@ -101,7 +101,7 @@ class AddressSpace:
     asked: set[int] = field(default_factory=set)
     dead: bool = False
     generation: int = 0
-    _flying: list[Range] = field(default_factory=list)
+    _flying: set[Range] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _streams: list[_Stream] = field(default_factory=list)
     _moved: list[tuple[float, int, int]] = field(default_factory=list)
@@ -212,8 +212,7 @@ class AddressSpace:
         window = self._window(address)
         if window is None:
             return self._serve_zeros(address)
-        memory = self.source.load(window.offset, window.length) - window.offset
-        result, left, copied = self._copy(window, memory)
+        result, left, copied = self._copy([window], [self.source.load(window.offset, window.length)])
         if copied:
             self.counters.faults += 1
             self.counters.fault_bytes += copied
@@ -276,56 +275,66 @@ class AddressSpace:
 
     # --- copies -----------------------------------------------------------------------------------
 
-    def bring(self, wanted: Range) -> tuple[Served, int]:
+    def bring(self, wanted: Sequence[Range]) -> tuple[Served, int]:
         """Copies what of ``wanted`` is pending; returns the outcome and the bytes copied. Loads them first.
 
-        Raises ImageError, Untrusted, PagerError.
+        All of it is one step: no message is read meanwhile. Raises ImageError, Untrusted, PagerError.
         """
-        memory = self.source.load(wanted.offset, wanted.length) - wanted.offset
-        result, _, copied = self._copy(wanted, memory)
+        result, _, copied = self._copy(
+            wanted, [self.source.load(each.offset, each.length) for each in wanted]
+        )
         return result, copied
 
-    def _copy(self, wanted: Range, memory: int) -> tuple[Served, list[Range], int]:
-        """Copies what is pending of ``wanted`` and was not moved there since; ``memory`` is the source's byte 0.
+    def _copy(self, wanted: Sequence[Range], loaded: Sequence[int]) -> tuple[Served, list[Range], int]:
+        """Copies what is pending of ``wanted``, where it was not moved since; ``loaded`` are our addresses of it.
 
         Returns the outcome, what of it is pending still, and the bytes copied.
         """
         with self.gate.copying():
             if self.dead:
                 return Served.GONE, [], 0
-            shift = wanted.offset - wanted.start
             with self._lock:
-                found = self.pending.take(wanted.start, wanted.end)
-                claimed = [each for each in found if each.offset - each.start == shift]
-                for each in found:
-                    if each.offset - each.start != shift:
-                        self.pending.put(each)
-                self._flying.extend(claimed)
-            result = Served.DONE if len(found) == len(claimed) else Served.LATER
-            left = claimed
+                claimed, moved = self._claim(wanted, loaded)
+            result = Served.LATER if moved else Served.DONE
+            left = [each for each, _ in claimed]
             copied = 0
             try:
-                for position, each in enumerate(claimed):
-                    left = claimed[position:]
-                    outcome, rest, done = self._copy_one(each, memory)
+                for position, (each, shift) in enumerate(claimed):
+                    left = [later for later, _ in claimed[position:]]
+                    outcome, rest, done = self._copy_one(each, shift)
                     copied += done
                     if outcome is not Served.DONE:
-                        result, left = outcome, [*rest, *claimed[position + 1 :]]
+                        result, left = outcome, rest + left[1:]
                         break
                 else:
                     left = []
             finally:
                 with self._lock:
-                    for each in claimed:
-                        self._flying.remove(each)
+                    self._flying.difference_update(each for each, _ in claimed)
                     for each in left:
                         self.pending.put(each)
         return result, left, copied
 
-    def _copy_one(self, wanted: Range, memory: int) -> tuple[Served, list[Range], int]:
+    def _claim(self, wanted: Sequence[Range], loaded: Sequence[int]) -> tuple[list[tuple[Range, int]], bool]:
+        """Takes what is to be copied out of ``pending``: (range, from its addresses to ours).
+
+        The second says whether something else is pending there by now, having been moved there.
+        """
+        claimed: list[tuple[Range, int]] = []
+        moved = False
+        for each, address in zip(wanted, loaded, strict=True):
+            for found in self.pending.take(each.start, each.end):
+                if found.offset - found.start == each.offset - each.start:
+                    claimed.append((found, address - each.start))
+                    self._flying.add(found)
+                else:
+                    self.pending.put(found)
+                    moved = True
+        return claimed, moved
+
+    def _copy_one(self, wanted: Range, shift: int) -> tuple[Served, list[Range], int]:
         """Copies one claimed range. Returns the outcome, what is still pending of it, the bytes copied."""
         position, end = wanted.start, wanted.end
-        shift = memory + wanted.offset - wanted.start
         step = end - position
         copied = 0
         while position < end:

@@ -152,7 +152,7 @@ class Life(RuleBasedStateMachine):
         for space in self.spaces:
             memory = self.kernel.memories[space.descriptor]
             while (wanted := space.next_pending(0)) is not None and not space.dead:
-                space.bring(wanted)
+                space.bring([wanted])
             for page in [] if memory.dead else memory.mapped:
                 assert self._sees(space, page) == memory.owed[page], hex(page)
         self._context.__exit__(None, None, None)
@@ -208,7 +208,7 @@ class Life(RuleBasedStateMachine):
         """Replay and fill, at any time, events unread or not; where the page was at the dump."""
         space, _ = self._pick(which)
         for wanted in space.locate(page * PAGE, min(count, PAGES - page) * PAGE):
-            space.bring(wanted)
+            space.bring([wanted])
 
     @rule(which=st.integers(0, 9), page=page_numbers, count=counts)
     def give_up(self, which: int, page: int, count: int) -> None:
@@ -315,7 +315,7 @@ def test_a_copy_across_mappings_is_split() -> None:
     with kernel() as made:
         space = restored(made)
         made.memories[3].boundaries = {BASE + 3, BASE + 7, BASE + 8}
-        outcome, copied = space.bring(Range(BASE * PAGE, (BASE + PAGES) * PAGE, 0))
+        outcome, copied = space.bring([Range(BASE * PAGE, (BASE + PAGES) * PAGE, 0)])
         assert (outcome, copied) == (Served.DONE, PAGES * PAGE)
         assert space.complete
 
@@ -325,10 +325,10 @@ def test_before_criu_is_done_a_missing_registration_is_not_an_end() -> None:
         space = restored(made)
         space.restored = False
         mapped, made.memories[3].mapped = made.memories[3].mapped, set()
-        assert space.bring(Range(BASE * PAGE, (BASE + 4) * PAGE, 0)) == (Served.LATER, 0)
+        assert space.bring([Range(BASE * PAGE, (BASE + 4) * PAGE, 0)]) == (Served.LATER, 0)
         assert space.pending.total == PAGES * PAGE
         made.memories[3].mapped = mapped
-        assert space.bring(Range(BASE * PAGE, (BASE + 4) * PAGE, 0)) == (Served.DONE, 4 * PAGE)
+        assert space.bring([Range(BASE * PAGE, (BASE + 4) * PAGE, 0)]) == (Served.DONE, 4 * PAGE)
 
 
 def test_a_child_gets_zeros_where_the_parent_said_so() -> None:
