@@ -325,8 +325,7 @@ class Pager:
             return
         for space in list(self._spaces):
             if space.dead or space.complete:
-                for child in [] if space.dead else space.read():
-                    self._watch_space(child)
+                self._readable(space)  # what came since may say otherwise
                 if not space.dead and not space.complete:
                     continue
                 was_dead = space.dead
