@@ -1,0 +1,46 @@
+"""Steps of replay and fill, and the room that a fill asks for."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+import pytest
+
+from relume.linux import cgroup
+from relume.pager import background, room
+from relume.pager.ranges import Range
+
+
+def test_a_step_is_no_larger_than_asked() -> None:
+    rest = deque([Range(0, 100, 0), Range(200, 500, 200), Range(600, 700, 600)])
+    assert background._step(rest, 250) == [Range(0, 100, 0), Range(200, 350, 200)]
+    assert background._step(rest, 1000) == [Range(350, 500, 350), Range(600, 700, 600)]
+    assert not rest
+
+
+def test_steps_are_small_while_faults_come() -> None:
+    pace = background.Pace()
+    assert pace.step == background.STEP_BYTES
+    pace.fault()
+    assert pace.step == background.SMALL_STEP_BYTES
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_tightest_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    names = {
+        1: ("memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file"),
+        2: ("memory.current", "memory.max", "inactive_file"),
+    }
+    used, limit, reclaimable = names[version]
+    mib = 1 << 20
+    for name, in_use, bound, droppable in (("a", 900, "1000", 100), ("a/b", 10, "max", 0)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / used).write_text(str(in_use * mib))
+        (folder / limit).write_text(bound if bound == "max" else str(int(bound) * mib))
+        (folder / "memory.stat").write_text(f"anon 5\n{reclaimable} {droppable * mib}\n")
+    monkeypatch.setattr(cgroup, "hierarchies", lambda: (tmp_path,))
+    assert room.available("/a/b") == (1000 - 900 + 100) * mib - room.MARGIN_BYTES
+    (tmp_path / "a" / limit).write_text(str(1 << 62) if version == 1 else "max")
+    assert room.available("/a/b") == pytest.approx(room.available(None), rel=0.2)
