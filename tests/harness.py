@@ -81,7 +81,11 @@ class Relume:
         arguments = ["--config", str(self.config)] if self.config else []
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*MAIN, "node", "run", *arguments], env=self.env, stdout=log, stderr=log, start_new_session=True
+                [*MAIN, "node", "run", *arguments],
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         deadline = time.monotonic() + 20
         while self.run("node", "status", check=False).returncode != 0:
@@ -94,7 +98,9 @@ class Relume:
         self.process.send_signal(number)
         self.process.wait(20)
 
-    def run(self, *arguments: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, check: bool = True, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [*MAIN, *arguments], env=self.env, capture_output=True, text=True, timeout=timeout, check=False
         )
