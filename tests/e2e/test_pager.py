@@ -142,6 +142,17 @@ def test_the_program_ends_in_the_middle(torture: Torture) -> None:
         assert pager.process.wait(10) == 0
 
 
+def test_stop_ends_what_is_left(torture: Torture) -> None:
+    torture.go()
+    with torture.checkpoint.pager(fill="demand") as pager:
+        assert torture.checkpoint.restore(lazy=True).returncode == 0
+        pager.event("restored")
+        pager.send(command="stop")
+        assert pager.event("gone")["reason"] == "stopped"
+        assert not any(map(running, torture.checkpoint.pids))
+        assert not torture.wrong
+
+
 def test_a_first_restore_learns_and_the_next_replays(torture: Torture) -> None:
     torture.go()
     learned = torture.folder / "learned"
