@@ -387,8 +387,11 @@ class Pager:
         assert self._control is not None
         received = self._control.recv(65536)
         if not received:
-            self._unwatch(self._control)  # the keeper is gone; the memory is needed all the same
+            # Either the instance is dead, and whoever ends it waits for us, or only the keeper is gone, and the
+            # memory is needed all the same.
+            self._unwatch(self._control)
             self._control = None
+            self._probe()
             return
         *lines, self._commands = (self._commands + received).split(b"\n")
         for line in lines:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import leftovers
 import pytest
 
 from harness import App, Relume, share_builds
@@ -29,12 +30,16 @@ def workplace() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def relume(workplace: Path) -> Iterator[Relume]:
     """The session's node, with a base already built."""
+    interfaces = leftovers.interfaces()
     node = Relume(workplace / "state")
     node.start_node()
+    node_id = leftovers.node_id(node)
     warm = App(workplace / "warm", "warm").write("serve()", checkpointing=False)
     node.deploy(warm.directory)
     yield node
     node.close()
+    leftovers.soon_nothing(leftovers.of_node, node, node_id)
+    assert leftovers.interfaces() <= interfaces
     log = node.log.read_text()
     assert "Traceback" not in log, log[-8000:]
 
@@ -62,5 +67,7 @@ def second(workplace: Path, relume: Relume) -> Iterator[Relume]:
     with contextlib.suppress(subprocess.TimeoutExpired):
         if node.process is None or node.process.poll() is not None:
             node.start_node()
+        node_id = leftovers.node_id(node)
         node.close()
+        leftovers.soon_nothing(leftovers.of_node, node, node_id)
     shutil.rmtree(state, ignore_errors=True)
