@@ -17,10 +17,10 @@ import logging
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from relume.checkpoint.platform import Platform, differences
-from relume.checkpoint.policy import Situation, skip
+from relume.checkpoint.policy import Situation, SkipReason, skip
 from relume.checkpoint.shelf import Checkpoint, Intent, Shelf, size_of
 from relume.engine import criulog, edit, held, options, preflight
 from relume.engine.jobs import DumpJob, DumpResult
@@ -61,12 +61,35 @@ class Subject:
     held_limit: int
 
 
-class Capturer:
-    """Makes the checkpoints of one node, one at a time for each build."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Why no checkpoint is made here: another node has it (``checkpoint_id``), or is at it."""
 
-    def __init__(self, shelf: Shelf, platform: Platform) -> None:
+    reason: SkipReason
+    checkpoint_id: str | None = None
+
+
+class Claim(Protocol):
+    """The right to make a build's checkpoint, in the whole region."""
+
+    def settle(self, checkpoint_id: str | None) -> None:
+        """It was made and may be published, or (None) was not made. Called once; returns at once."""
+
+
+class Region(Protocol):
+    """The nodes that share checkpoints with this one."""
+
+    async def claim(self, app: str, build_id: str) -> Claim | Elsewhere:
+        """Raises nothing: a store that does not answer keeps no app from its checkpoint."""
+
+
+class Capturer:
+    """Makes the checkpoints of one node, one at a time for each build; with a region, one in all of it."""
+
+    def __init__(self, shelf: Shelf, platform: Platform, region: Region | None = None) -> None:
         self._shelf = shelf
         self._platform = platform
+        self._region = region
         self._in_progress: set[str] = set()
 
     async def request(self, subject: Subject) -> dict[str, Any]:
@@ -77,9 +100,24 @@ class Capturer:
             return _answer(subject, "skipped", reason, checkpoint_id=existing and existing.checkpoint_id)
         self._in_progress.add(subject.build_id)
         try:
-            return await self._make(subject)
+            if self._region is None:
+                return await self._make(subject)
+            return await self._make_for(self._region, subject)
         finally:
             self._in_progress.discard(subject.build_id)
+
+    async def _make_for(self, region: Region, subject: Subject) -> dict[str, Any]:
+        """Make it unless the region has it or is at it; the app gets its answer before it is published there."""
+        claim = await region.claim(subject.app, subject.build_id)
+        if isinstance(claim, Elsewhere):
+            return _answer(subject, "skipped", claim.reason, checkpoint_id=claim.checkpoint_id)
+        made = None
+        try:
+            answer = await self._make(subject)
+            made = answer["checkpoint_id"]
+            return answer
+        finally:
+            claim.settle(made)
 
     def _situation(self, subject: Subject) -> Situation:
         return Situation(

@@ -29,12 +29,14 @@ class Restoration:
     """A checkpoint about to become a copy whose root is ``id_base`` on the host.
 
     ``verified`` is where it is remembered which blocks of the image were checked in this boot; None reads all.
+    ``fetched`` is where it lies if that is not the shelf: in the region's cache, its pages perhaps not all there.
     """
 
     shelf: Shelf
     checkpoint: Checkpoint
     id_base: int
     verified: Path | None
+    fetched: Path | None = None
 
     @property
     def images(self) -> Path:
@@ -43,7 +45,7 @@ class Restoration:
 
     @property
     def _stored(self) -> Path:
-        return self.shelf.directory(self.checkpoint.checkpoint_id)
+        return self.fetched or self.shelf.directory(self.checkpoint.checkpoint_id)
 
     @property
     def lower_layer(self) -> Path | None:

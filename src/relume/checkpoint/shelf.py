@@ -5,6 +5,8 @@
 ``ROOT/.making-DUMP_ID/`` with ``intent.json`` and CRIU's ``work/``. A directory gets its final name by rename,
 after everything in it is on disk: what has a name is whole.
 
+Whole checkpoints that the region's cache holds count as here too: they are linked, and stay the cache's.
+
 Failures to restore and quarantine are in ``health.json`` beside it; losing that file costs a retry.
 """
 
@@ -23,6 +25,8 @@ from relume.checkpoint.platform import Platform
 from relume.errors import NotFound
 
 _NAME = re.compile(r"cp-[A-Za-z0-9._-]{1,100}")
+
+RECORD = "checkpoint.json"
 
 QUARANTINE_AFTER = 2
 """Failed restores after which a checkpoint no longer counts as existing."""
@@ -80,13 +84,23 @@ class Shelf:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._linked: dict[str, Path] = {}
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def directory(self, checkpoint_id: str) -> Path:
         """Where a finished checkpoint lies. Raises NotFound for a name that is none of ours."""
         if not _NAME.fullmatch(checkpoint_id):
             raise NotFound(f"no checkpoint {checkpoint_id!r}", hint="relume checkpoints ls shows them")
-        return self.root / checkpoint_id
+        return self._linked.get(checkpoint_id) or self.root / checkpoint_id
+
+    def link(self, checkpoint_id: str, directory: Path) -> None:
+        """Count a checkpoint elsewhere on this disk as here; one of this node's own by that name goes first."""
+        if not (self.directory(checkpoint_id) / RECORD).exists():
+            self._linked[checkpoint_id] = directory
+
+    def unlink(self, checkpoint_id: str) -> None:
+        """The reverse of :meth:`link`; for one that is not linked nothing happens."""
+        self._linked.pop(checkpoint_id, None)
 
     # --- making -----------------------------------------------------------------------------------
 
@@ -140,8 +154,8 @@ class Shelf:
         May be cut short anywhere and done again.
         """
         directory = self.making(dump_id)
-        _close_to_others(directory / "images")
-        (directory / "checkpoint.json").write_text(json.dumps(dataclasses.asdict(checkpoint)))
+        close_to_others(directory / "images")
+        (directory / RECORD).write_text(json.dumps(dataclasses.asdict(checkpoint)))
         shutil.rmtree(directory / "work", ignore_errors=True)
         _sync_tree(directory)
         finished = self.directory(checkpoint.checkpoint_id)
@@ -166,9 +180,9 @@ class Shelf:
     def all(self) -> list[Checkpoint]:
         """Every readable checkpoint, oldest first."""
         found = []
-        for directory in self.root.glob("cp-*"):
+        for checkpoint_id in [path.name for path in self.root.glob("cp-*")] + list(self._linked):
             try:
-                found.append(self.load(directory.name))
+                found.append(self.load(checkpoint_id))
             except NotFound:
                 continue
         return sorted(found, key=lambda checkpoint: checkpoint.created_at)
@@ -231,6 +245,12 @@ class Shelf:
             shutil.rmtree(grave, ignore_errors=True)
 
 
+def read(directory: Path) -> Checkpoint:
+    """The record in a checkpoint's directory. Raises OSError, ValueError, TypeError or KeyError."""
+    raw = json.loads((directory / RECORD).read_text())
+    return Checkpoint(**{**raw, "platform": Platform.from_json(raw["platform"])})
+
+
 def size_of(directory: Path) -> int:
     """Bytes on disk of all files below ``directory`` (holes do not count)."""
     total = 0
@@ -240,12 +260,12 @@ def size_of(directory: Path) -> int:
 
 
 def _read(directory: Path) -> Checkpoint:
-    raw = json.loads((directory / "checkpoint.json").read_text())
+    raw = json.loads((directory / RECORD).read_text())
     raw["platform"] = Platform.from_json(raw["platform"])
     return Checkpoint(**raw)
 
 
-def _close_to_others(images: Path) -> None:
+def close_to_others(images: Path) -> None:
     """The host's root and its group only; why the group, see relume.node.ground."""
     images.chmod(0o750)
     for path in images.iterdir():

@@ -1,8 +1,9 @@
-"""`relume checkpoints ls|inspect|verify|rm|explain`."""
+"""`relume checkpoints ls|inspect|verify|rm|explain`, and for a region `pull|export|import|gc`."""
 
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 
 from relume.cli.arguments import Parser
 from relume.cli.client import NodeClient, segment
@@ -14,6 +15,7 @@ COLUMNS = (
     ("build_id", "BUILD"),
     ("state", "STATE"),
     ("where", "WHERE"),
+    ("upload", "UPLOAD"),
     ("size_bytes", "SIZE"),
     ("created_at", "CREATED"),
 )
@@ -30,6 +32,19 @@ def configure(parser: Parser) -> None:
         verb = verbs.add_parser("rm" if command is remove else command.__name__, help=summary)
         verb.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint's id")
         verb.runs(command)
+    verb = verbs.add_parser("pull", help="bring the region's checkpoint onto this node, whole")
+    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint's id")
+    verb.runs(pull)
+    verb = verbs.add_parser("export", help="write the region's checkpoint into one file")
+    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint's id")
+    verb.add_argument("file", metavar="FILE", help="the file to make; it stays encrypted and signed")
+    verb.runs(export)
+    verb = verbs.add_parser("import", help="put what export wrote into the region")
+    verb.add_argument("file", metavar="FILE", help="a file of `relume checkpoints export`")
+    verb.runs(import_)
+    verb = verbs.add_parser("gc", help="what the region's garbage collection would delete")
+    verb.add_argument("--delete", action="store_true", help="delete it")
+    verb.runs(collect)
     verb = verbs.add_parser(
         "explain", help="would a checkpoint work, and how large would it be? freezes nothing"
     )
@@ -58,3 +73,25 @@ def remove(options: Namespace) -> None:
 
 def explain(options: Namespace) -> None:
     Screen(options.output).record(NodeClient().post(f"/v1/instances/{segment(options.instance)}/explain"))
+
+
+def pull(options: Namespace) -> None:
+    Screen(options.output).record(NodeClient().post(f"/v1/checkpoints/{segment(options.checkpoint)}/pull"))
+
+
+def export(options: Namespace) -> None:
+    path = f"/v1/checkpoints/{segment(options.checkpoint)}/export"
+    Screen(options.output).record(NodeClient().post(path, _file(options)))
+
+
+def import_(options: Namespace) -> None:
+    Screen(options.output).record(NodeClient().post("/v1/region/import", _file(options)))
+
+
+def collect(options: Namespace) -> None:
+    Screen(options.output).record(NodeClient().post("/v1/region/gc", {"delete": options.delete}))
+
+
+def _file(options: Namespace) -> dict[str, str]:
+    """The node reads and writes it, so the path is made absolute where it was typed."""
+    return {"file": str(Path(options.file).absolute())}

@@ -38,34 +38,27 @@ class StoreSettings(Table):
         str | None,
         AfterValidator(lambda value: value if value is None else _store_url(value)),
         Key(
-            "where checkpoints live; by default a directory in the node's state",
-            "accepted",
+            "a store that nodes share: every checkpoint is published there and found from there. Without one a node "
+            "keeps to its own disk (docs/region.md)",
             allowed="file:PATH, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or memory:",
         ),
     ] = None
     max_cache_bytes: Annotated[
-        int, Field(ge=0, le=2**60), Key("bytes of a remote store's objects kept on this machine", "accepted")
+        int, Field(ge=0, le=2**60), Key("bytes of the store's checkpoints kept on this machine")
     ] = 50_000_000_000
 
 
 class RegionSettings(Table):
     """``[region]``."""
 
-    name: Annotated[Text, Key("shown in listings; nodes that share a store share it", "accepted")] = "local"
+    name: Annotated[Text, Key("shown by `relume node status`; nodes that share a store share it")] = "local"
     key_file: Annotated[
         str | None,
-        Key(
-            "a file of `relume keys new`; nodes with the same one trust each other. Relative to node.toml",
-            "accepted",
-        ),
+        Key("a file of `relume keys new`; nodes with the same one trust each other. Relative to node.toml"),
     ] = None
     prefetch: Annotated[
         bool,
-        Key(
-            "fetch the working sets of new checkpoints before they are asked for",
-            "accepted",
-            matches=(False,),
-        ),
+        Key("fetch the working sets of new checkpoints before they are asked for"),
     ] = False
 
 

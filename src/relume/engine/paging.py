@@ -15,6 +15,10 @@ from typing import Any
 
 from relume.errors import PagerError
 
+_PATIENCE = 10.0
+_PATIENCE_WITH_STORE = 60.0
+"""Seconds until a pager listens; the second where it fetches from a store before, with a bound of its own."""
+
 OnEvent = Callable[[dict[str, Any]], None]
 
 
@@ -55,8 +59,9 @@ class PagerProcess:
         self._armed = True
         self._reading = asyncio.create_task(self._read())
         self._writer.write(json.dumps(job).encode() + b"\n")
+        patience = _PATIENCE_WITH_STORE if job.get("remote") else _PATIENCE
         waits = {asyncio.create_task(self._listening.wait()), self._reading}
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED, timeout=patience)
         if not self._listening.is_set():
             raise PagerError("the pager did not come up", hint="its words are in the instance's keeper.log")
 

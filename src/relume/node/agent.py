@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relume.build import Build, Builder
 from relume.checkpoint import platform
@@ -30,6 +30,9 @@ from relume.node.spares import Spares
 from relume.node.start import Started
 from relume.node.state import State
 from relume.runc import Runc, find_criu, find_runc
+
+if TYPE_CHECKING:
+    from relume.node.region import NodeRegion
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +60,8 @@ class Node:
         self._builder = Builder(state / "builds")
         self._ground = Ground(self.places, self._runc)
         self._spares = Spares(self.places, self._ground, self._runc, outgoing=pasta() is not None)
-        self._capturer = Capturer(self._shelf, self.platform)
+        self._region = self._region_of(config)
+        self._capturer = Capturer(self._shelf, self.platform, self._region)
         self.lifecycle = Lifecycle(
             self.places,
             self._state,
@@ -75,10 +79,30 @@ class Node:
             ),
         )
 
+        self.lifecycle.region = self.lifecycle.bringup.region = self._region
+
+    def _region_of(self, config: NodeConfig) -> NodeRegion | None:
+        """None without ``[store] url``; then nothing of the store room is even imported."""
+        if config.store.url is None:
+            return None
+        from relume.node.region import NodeRegion
+
+        return NodeRegion(
+            config,
+            self.places.region,
+            self.places.node_id,
+            shelf=self._shelf,
+            platform=self.platform,
+            layers_of=lambda build_id: tuple(layer.digest for layer in self._builder.load(build_id).layers),
+            spawn=lambda work: self.lifecycle.spawn(work),
+        )
+
     async def open(self) -> None:
         """Take over running instances, take away what a crash left, get ready."""
         self._shelf.sweep()
         await self._builder.clean()
+        if self._region is not None:
+            await self._region.open()
         await self._adopt()
         self._sweep()
         self._spares.refill()
@@ -153,6 +177,7 @@ class Node:
             "criu": self.platform.criu,
             "runc": self.platform.runc,
             "paging": self.pages_lazily,
+            "region": self._region.name if self._region is not None else None,
         }
 
     async def deploy(
@@ -186,11 +211,15 @@ class Node:
         """What a start would do, and why."""
         build = self._build_of(app)
         reason, checkpoint = self.lifecycle.choose(build, restore_wanted=True)
+        checkpoint_id = checkpoint.checkpoint_id if checkpoint else None
+        if checkpoint_id is None and build.checkpointing and self._region is not None:
+            why_not, checkpoint_id = self._region.look(build)
+            reason = None if checkpoint_id else why_not or reason
         return {
             "app": app,
             "build_id": build.build_id,
-            "would_restore": checkpoint is not None,
-            "checkpoint_id": checkpoint.checkpoint_id if checkpoint else None,
+            "would_restore": checkpoint_id is not None,
+            "checkpoint_id": checkpoint_id,
             "reason": reason,
         }
 
@@ -259,9 +288,11 @@ class Node:
         """Stop and remove everything of an app: instances, checkpoints, builds, secrets, its kept folder stays."""
         self._state.app(name)
         await self.stop(name)
+        if self._region is not None:
+            await asyncio.to_thread(self._region.remove_app, name)
         for checkpoint in self._shelf.all():
             if checkpoint.app == name:
-                self._shelf.remove(checkpoint.checkpoint_id)
+                await asyncio.to_thread(self._remove_here, checkpoint.checkpoint_id)
         for build in self._builder.builds():
             if build.app == name:
                 self._builder.remove(build.build_id)
@@ -286,11 +317,14 @@ class Node:
                 "build_id": intent.build_id,
                 "state": "creating",
                 "where": [],
+                "upload": None,
                 "size_bytes": 0,
                 "created_at": intent.started_at,
             }
             for intent in self._shelf.unfinished()
         ]
+        if self._region is not None:
+            rows += self._region.rows(row["checkpoint_id"] for row in rows)
         return rows
 
     def _checkpoint_row(self, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -300,14 +334,23 @@ class Node:
             "app": checkpoint.app,
             "build_id": checkpoint.build_id,
             "state": "quarantined" if health.quarantined else "ready",
-            "where": ["local"],
+            "where": ["local", "remote"] if self._is_published(checkpoint.checkpoint_id) else ["local"],
+            "upload": self._region.progress(checkpoint.checkpoint_id) if self._region is not None else None,
             "size_bytes": checkpoint.size_bytes,
             "created_at": checkpoint.created_at,
         }
 
+    def _is_published(self, checkpoint_id: str) -> bool:
+        return self._region is not None and self._region.published(checkpoint_id) is not None
+
     def checkpoint(self, checkpoint_id: str) -> dict[str, Any]:
-        """``checkpoints inspect``."""
-        checkpoint = self._shelf.load(checkpoint_id)
+        """``checkpoints inspect``. Blocking where it lies in the region only."""
+        try:
+            checkpoint = self._shelf.load(checkpoint_id)
+        except NotFound:
+            if self._region is None:
+                raise
+            return self._region.inspect(checkpoint_id)
         health = self._shelf.health(checkpoint_id)
         reasons = platform.differences(checkpoint.platform, self.platform)
         if health.quarantined:
@@ -335,13 +378,46 @@ class Node:
         }
 
     def verify_checkpoint(self, checkpoint_id: str) -> dict[str, Any]:
-        """Read every byte and compare it with what was written. Raises Untrusted or ImageError."""
-        checkpoint = self._shelf.load(checkpoint_id)
+        """Read every byte and compare it with what was written. Raises Untrusted or ImageError.
+
+        Here where it lies here, in the store where it does not.
+        """
+        try:
+            checkpoint = self._shelf.load(checkpoint_id)
+        except NotFound:
+            if self._region is None:
+                raise
+            return self._region.verify(checkpoint_id)
         Restoration(self._shelf, checkpoint, checkpoint.id_base, verified=None).verify(pages=True)
         return {"checkpoint_id": checkpoint_id, "ok": True}
 
     def remove_checkpoint(self, checkpoint_id: str) -> None:
-        self._shelf.remove(checkpoint_id)
+        """Here and in the whole region. Blocking with a region. Raises NotFound, StoreError."""
+        if self._region is None:
+            self._shelf.remove(checkpoint_id)
+            return
+        removed = self._region.remove(checkpoint_id)
+        try:
+            self._remove_here(checkpoint_id)
+        except NotFound:
+            if not removed:
+                raise
+
+    def _remove_here(self, checkpoint_id: str) -> None:
+        """What the region's cache holds goes by the cache's own rules."""
+        if self._shelf.directory(checkpoint_id).parent == self._shelf.root:
+            self._shelf.remove(checkpoint_id)
+        self._shelf.unlink(checkpoint_id)
+
+    @property
+    def region(self) -> NodeRegion:
+        """For the verbs that need one. Raises BadRequest on a node without."""
+        if self._region is None:
+            raise BadRequest(
+                "this node has no region",
+                hint="[store] url in node.toml; docs/region.md says how to set one up",
+            )
+        return self._region
 
     # --- secrets ----------------------------------------------------------------------------------
 

@@ -145,7 +145,7 @@ async def _start(request: web.Request) -> web.StreamResponse:
 
     async def verb(progress: Progress) -> dict[str, Any]:
         if body.get("explain"):
-            return node.explain_start(app)
+            return await asyncio.to_thread(node.explain_start, app)
         return (
             await node.start(
                 app,
@@ -201,12 +201,13 @@ async def _remove_app(request: web.Request) -> web.Response:
 
 @routes.get("/v1/checkpoints")
 async def _checkpoints(request: web.Request) -> web.Response:
-    return web.json_response(request.app[NODE].checkpoints())
+    return web.json_response(await asyncio.to_thread(request.app[NODE].checkpoints))
 
 
 @routes.get("/v1/checkpoints/{checkpoint}")
 async def _checkpoint(request: web.Request) -> web.Response:
-    return web.json_response(request.app[NODE].checkpoint(request.match_info["checkpoint"]))
+    node = request.app[NODE]
+    return web.json_response(await asyncio.to_thread(node.checkpoint, request.match_info["checkpoint"]))
 
 
 @routes.post("/v1/checkpoints/{checkpoint}/verify")
@@ -219,8 +220,41 @@ async def _verify(request: web.Request) -> web.Response:
 
 @routes.delete("/v1/checkpoints/{checkpoint}")
 async def _remove_checkpoint(request: web.Request) -> web.Response:
-    request.app[NODE].remove_checkpoint(request.match_info["checkpoint"])
+    await asyncio.to_thread(request.app[NODE].remove_checkpoint, request.match_info["checkpoint"])
     return web.json_response({"removed": request.match_info["checkpoint"]})
+
+
+@routes.post("/v1/checkpoints/{checkpoint}/pull")
+async def _pull(request: web.Request) -> web.Response:
+    node, checkpoint = request.app[NODE], request.match_info["checkpoint"]
+    return web.json_response(await asyncio.to_thread(node.region.pull, checkpoint))
+
+
+@routes.post("/v1/checkpoints/{checkpoint}/export")
+async def _export(request: web.Request) -> web.Response:
+    node, checkpoint = request.app[NODE], request.match_info["checkpoint"]
+    file = await _file(request)
+    return web.json_response(await asyncio.to_thread(node.region.export, checkpoint, file))
+
+
+@routes.post("/v1/region/import")
+async def _import(request: web.Request) -> web.Response:
+    file = await _file(request)
+    return web.json_response(await asyncio.to_thread(request.app[NODE].region.import_, file))
+
+
+@routes.post("/v1/region/gc")
+async def _collect(request: web.Request) -> web.Response:
+    delete = bool((await _body(request)).get("delete"))
+    node = request.app[NODE]
+    return web.json_response(await asyncio.to_thread(lambda: node.region.collect(delete=delete)))
+
+
+async def _file(request: web.Request) -> Path:
+    file = (await _body(request)).get("file")
+    if not isinstance(file, str) or not Path(file).is_absolute():
+        raise BadRequest("file is not an absolute path")
+    return Path(file)
 
 
 @routes.get("/v1/secrets/{app}")

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relume.build import Build
 from relume.checkpoint.restore import FIRST_LINE, Restoration
 from relume.checkpoint.shelf import Checkpoint, Shelf
 from relume.engine import criulog
 from relume.engine.lazy_pages import DAEMON
-from relume.errors import EngineError, PagerError
+from relume.errors import EngineError, PagerError, StoreError, Untrusted
 from relume.keeper.instance import Assignment
 from relume.node.ground import Ground
 from relume.node.instance import Instance
@@ -24,6 +24,9 @@ from relume.node.places import Places
 from relume.node.secrets import Secrets
 from relume.node.start import Start
 from relume.sidecar import ADDRESS
+
+if TYPE_CHECKING:
+    from relume.node.region import Copy, NodeRegion
 
 _RESTORE_PATIENCE = 60.0
 """Seconds for a copy to become ready; it was ready, or on its way, when it was saved."""
@@ -42,6 +45,7 @@ class BringUp:
         self._ground = ground
         self._log_limit = log_limit
         self._pages_lazily = pages_lazily
+        self.region: NodeRegion | None = None
 
     async def boot(self, instance: Instance, start: Start) -> None:
         """Cold. Raises EngineError, StartFailed, OSError."""
@@ -60,16 +64,23 @@ class BringUp:
         await start.unless_called_off(instance.until_ready(instance.settings.boot_timeout))
 
     async def restore(
-        self, instance: Instance, checkpoint: Checkpoint, start: Start, memory: str
+        self, instance: Instance, checkpoint: Checkpoint, start: Start, memory: str, copy: Copy | None = None
     ) -> asyncio.Task[Any]:
-        """From ``checkpoint``; returns what is left of runc's part, which ends a moment after the app answers.
+        """From ``checkpoint``, or ``copy``, the region's; returns what is left of runc's part, which ends a moment
+        after the app answers.
 
         Raises Untrusted or ImageError for a damaged checkpoint, EngineError and PagerError with CRIU's or the
         pager's reason in words, StartFailed when it does not become ready.
         """
-        restoration = self._restoration(instance, checkpoint)
+        restoration = self._restoration(instance, checkpoint, copy)
         try:
             pager = self._pager_job(instance, restoration, memory)
+            if copy is not None and not copy.complete:
+                if pager is None or memory == "criu":
+                    assert self.region is not None
+                    await asyncio.to_thread(self.region.complete, copy)
+                else:
+                    pager |= {"remote": copy.job, "verify": None}
             verify = pager is None or pager.get("daemon") == DAEMON  # ours verifies what it hands out
             await asyncio.to_thread(self._lay_copy, instance, restoration, verify_pages=verify)
             start.trace.mark("layer")
@@ -83,7 +94,8 @@ class BringUp:
             await start.unless_called_off(_first(coming, instance.until_ready(_RESTORE_PATIENCE)))
         except Exception as error:
             raise await self._reason(instance, restoration, error) from error
-        self._shelf.restore_worked(checkpoint.checkpoint_id)
+        if copy is None:
+            self._shelf.restore_worked(checkpoint.checkpoint_id)
         return coming
 
     async def prepare(self, instance: Instance, checkpoint: Checkpoint, start: Start) -> None:
@@ -129,8 +141,11 @@ class BringUp:
 
     # --- pieces -----------------------------------------------------------------------------------
 
-    def _restoration(self, instance: Instance, checkpoint: Checkpoint) -> Restoration:
-        return Restoration(self._shelf, checkpoint, instance.id_base, self._places.verified)
+    def _restoration(
+        self, instance: Instance, checkpoint: Checkpoint, copy: Copy | None = None
+    ) -> Restoration:
+        fetched = copy.directory if copy is not None else None
+        return Restoration(self._shelf, checkpoint, instance.id_base, self._places.verified, fetched)
 
     def _pager_job(self, instance: Instance, restoration: Restoration, memory: str) -> dict[str, Any] | None:
         """The pager's job, or None (and why, in ``instance.memory``) to read all memory before the app runs."""
@@ -198,6 +213,9 @@ class BringUp:
 
     async def _reason(self, instance: Instance, restoration: Restoration, error: Exception) -> Exception:
         """The error that says why a restore failed."""
+        if instance.paging_failed and restoration.fetched is not None:
+            kind = Untrusted if instance.wrong_bytes else StoreError
+            return kind(instance.paging_failed)
         if instance.paging_failed:
             try:
                 await asyncio.to_thread(restoration.verify, pages=True)

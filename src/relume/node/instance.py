@@ -42,6 +42,12 @@ class Instance:
     memory: str = "fresh"
     """How its memory came: "fresh", "paged", or "eager: " and why."""
     paging_failed: str = ""
+    wrong_bytes: bool = False
+    """What failed were bytes that are not what they must be."""
+    answered: bool = False
+    """Its first answer left; known of restored ones."""
+    from_store: dict[str, int] = dataclasses.field(default_factory=dict)
+    """``store_bytes`` and ``store_requests`` up to its first answer, for one that came from the region's store."""
     state: InstanceState = "starting"
     port: int = 0
     started_at: float = dataclasses.field(default_factory=time.time)
@@ -88,6 +94,7 @@ class Instance:
             "memory_bytes": cgroup.memory(self.places.cgroup)[0],
             "started_at": self.started_at,
             "exit_code": self.exit_code,
+            **self.from_store,
         }
 
     def last_words(self) -> str:

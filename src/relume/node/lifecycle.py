@@ -1,7 +1,8 @@
 """How instances come and go. ``start`` is the story to read:
 
-    is there a usable checkpoint?  yes -> restore it; if that fails, say why, take everything away and
-                                   no  -> boot, cold
+    is there a usable checkpoint, here or else in the region?
+        yes -> restore it; if that fails, say why, take everything away and
+        no  -> boot, cold
 
 Guarantees: a failed restore costs the caller time, never the start; an instance that is returned is ready; one
 that is gone has left its log and nothing else. Nobody waits for a new checkpoint after a failed restore: a
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relume.build import Build
 from relume.checkpoint.capture import Capturer, Subject
@@ -33,6 +34,7 @@ from relume.errors import (
     PagerError,
     RelumeError,
     StartFailed,
+    StoreError,
     Untrusted,
 )
 from relume.keeper.client import Keeper
@@ -46,6 +48,9 @@ from relume.node.settings import Settings
 from relume.node.spares import Spares
 from relume.node.start import Start, Started
 from relume.node.state import State
+
+if TYPE_CHECKING:
+    from relume.node.region import Copy, NodeRegion
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +88,15 @@ class Lifecycle:
         self._capturer = capturer
         self._ground = ground
         self._spares = spares
-        self._bringup = bringup
+        self.bringup = bringup
         self._build_of = build_of
         self.prepared = Prepared(
             current=self._to_prepare,
             prepare=self.prepare,
             discard=self._forget,
         )
+        self.region: NodeRegion | None = None
+        self._copies: dict[str, Copy] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._starts: set[Start] = set()
         self.instances: dict[str, Instance] = {}
@@ -118,13 +125,22 @@ class Lifecycle:
                 taken = await self._take_prepared(start, checkpoint)
                 if taken is not None:
                     return Started(taken, None, trace.elapsed, trace.stages, "prepared")
+            copy = None
+            if checkpoint is None and self.region is not None and restore_wanted and build.checkpointing:
+                why_not, copy = await self.region.find(build)
+                reason = why_not or reason
+                checkpoint = copy.checkpoint if copy is not None else None
+                trace.mark("fetched")
             if checkpoint is not None:
                 try:
-                    instance = await self._restore(start, checkpoint, memory)
-                    return Started(instance, None, trace.elapsed, trace.stages, instance.memory)
+                    instance = await self._restore(start, checkpoint, memory, copy)
+                    stages = trace.stages | instance.from_store
+                    return Started(instance, None, trace.elapsed, stages, instance.memory)
                 except Exception as error:  # whatever it is, the start must not fail for it
+                    if start.called_off.is_set() and self.region is not None and copy is not None:
+                        self.region.finish(copy)
                     start.proceed()
-                    reason = self._restore_failed(checkpoint, build, error)
+                    reason = await self._restore_failed(checkpoint, build, error, copy)
                     trace.mark("restore_failed")
             instance = await self._boot(start, deferred=checkpoint is not None)
             return Started(instance, reason, trace.elapsed, trace.stages)
@@ -156,7 +172,7 @@ class Lifecycle:
         try:
             await self._spares.bring_up(instance.keeper)
             start.proceed()
-            await self._bringup.boot(instance, start)
+            await self.bringup.boot(instance, start)
         except Exception as error:
             await self._clear_up(instance, start)
             if isinstance(error, StartFailed) or not isinstance(error, RelumeError | OSError):
@@ -180,7 +196,7 @@ class Lifecycle:
         instance.state = "starting"
         instance.started_at = time.time()
         try:
-            await self._bringup.resume(instance, checkpoint, start)
+            await self.bringup.resume(instance, checkpoint, start)
         except Exception as error:
             await self._clear_up(instance, start)
             start.proceed()
@@ -196,7 +212,7 @@ class Lifecycle:
             try:
                 await self._spares.bring_up(instance.keeper)
                 start.proceed()
-                await self._bringup.prepare(instance, checkpoint, start)
+                await self.bringup.prepare(instance, checkpoint, start)
             except Exception:
                 await self._clear_up(instance, start)
                 raise
@@ -205,15 +221,23 @@ class Lifecycle:
             self._save(instance)
             return instance
 
-    async def _restore(self, start: Start, checkpoint: Checkpoint, memory: str) -> Instance:
+    async def _restore(
+        self, start: Start, checkpoint: Checkpoint, memory: str, copy: Copy | None = None
+    ) -> Instance:
         instance = self._new(start, checkpoint.checkpoint_id)
+        if copy is not None:
+            instance.from_store = {"store_bytes": copy.store_bytes, "store_requests": copy.store_requests}
+            self._copies[instance.instance_id] = copy
         try:
             await self._spares.bring_up(instance.keeper)
             start.proceed()
-            self._keep(await self._bringup.restore(instance, checkpoint, start, memory))
+            self._keep(await self.bringup.restore(instance, checkpoint, start, memory, copy))
         except Exception:
+            self._copies.pop(instance.instance_id, None)
             await self._clear_up(instance, start)
             raise
+        if not instance.memory.startswith("paged"):
+            self._finish_copy(instance)
         self._now_ready(instance, start)
         return instance
 
@@ -282,8 +306,28 @@ class Lifecycle:
 
     # --- after a failed restore -------------------------------------------------------------------
 
-    def _restore_failed(self, checkpoint: Checkpoint, build: Build, error: Exception) -> str:
+    async def _restore_failed(
+        self, checkpoint: Checkpoint, build: Build, error: Exception, copy: Copy | None
+    ) -> str:
+        if copy is not None:
+            return f"restore failed: {await self._copy_failed(copy, build, error)}"
         return f"restore failed: {self._count_failure(checkpoint.checkpoint_id, build, error)}"
+
+    async def _copy_failed(self, copy: Copy, build: Build, error: Exception) -> str:
+        """As _count_failure, for one that came from the region."""
+        assert self.region is not None
+        message = error.message if isinstance(error, RelumeError) else f"{type(error).__name__}: {error}"
+        if not isinstance(error, RelumeError | OSError):
+            log.error("restore from the region", exc_info=error)
+        if await asyncio.to_thread(self.region.failed, copy, error):
+            self._keep(asyncio.create_task(self._remake(build)))
+        return message
+
+    def _finish_copy(self, instance: Instance) -> None:
+        """The instance has what it needs of the region's checkpoint: the rest is the node's to bring."""
+        copy = self._copies.pop(instance.instance_id, None)
+        if copy is not None and self.region is not None:
+            self.region.finish(copy)
 
     def _count_failure(self, checkpoint_id: str, build: Build, error: Exception) -> str:
         """Count it against the checkpoint, replace that in the background if it was the last; returns why."""
@@ -348,18 +392,46 @@ class Lifecycle:
 
     def _pager_told(self, instance: Instance, told: dict[str, Any]) -> None:
         """Memory that could not be served has ended the instance; after it was ready, another takes its place."""
+        if self.region is not None:
+            self._region_hears(self.region, instance, told)
         if told["event"] != "failed":
             return
         log.error("paging of %s failed: %s", instance.instance_id, told["reason"])
         instance.paging_failed = str(told["reason"])
+        instance.wrong_bytes = bool(told.get("untrusted"))
         if instance.ready.is_set() and instance.checkpoint_id is not None:
             self._keep(asyncio.create_task(self._replace(instance)))
+
+    def _region_hears(self, region: NodeRegion, instance: Instance, told: dict[str, Any]) -> None:
+        """What came from the store before the first answer; when the copy can do without; what was learned."""
+        copy = self._copies.get(instance.instance_id)
+        if copy is not None and "store_bytes" in told and not instance.answered:
+            instance.from_store = {
+                "store_bytes": copy.store_bytes + told["store_bytes"],
+                "store_requests": copy.store_requests + told["store_requests"],
+            }
+        match told["event"]:
+            case "answered":
+                instance.answered = True
+                if copy is not None:
+                    log.info("%s answers: %s", instance.instance_id, instance.from_store)
+                    if instance.settings.fill != "all":
+                        self._finish_copy(instance)
+            case "filled" | "gone":
+                self._finish_copy(instance)
+            case "recorded" if instance.checkpoint_id is not None and copy is None:
+                region.learned(instance.checkpoint_id)
 
     async def _replace(self, instance: Instance) -> None:
         """A new instance in the place of one whose memory failed it."""
         await instance.ended.wait()
         assert instance.checkpoint_id is not None
-        self._count_failure(instance.checkpoint_id, instance.build, PagerError(instance.paging_failed))
+        copy = self._copies.pop(instance.instance_id, None)
+        if copy is not None:
+            kind = Untrusted if instance.wrong_bytes else StoreError
+            await self._copy_failed(copy, instance.build, kind(instance.paging_failed))
+        else:
+            self._count_failure(instance.checkpoint_id, instance.build, PagerError(instance.paging_failed))
         started = await self.start(instance.build)
         log.warning("%s takes the place of %s", started.instance.instance_id, instance.instance_id)
 
@@ -423,6 +495,8 @@ class Lifecycle:
             await instance.gone.wait()
             return
         instance.discarding = True
+        if not instance.paging_failed:  # else whoever reacts to that ends the copy
+            self._finish_copy(instance)
         try:
             # The keeper first: it knows what is going on, a boot or a dump, and ends that too.
             await instance.keeper.end()

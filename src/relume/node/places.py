@@ -38,6 +38,11 @@ class Places:
         return self.runtime / "verified"
 
     @property
+    def region(self) -> Path:
+        """The cache of the region's checkpoints, this node's own key, what it has seen."""
+        return self.state / "region"
+
+    @property
     def socket(self) -> Path:
         return self.state / "node.sock"
 

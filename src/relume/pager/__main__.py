@@ -24,7 +24,7 @@ from relume.errors import RelumeError
 from relume.linux import process
 from relume.pager.holder import Board, hold
 from relume.pager.job import Job
-from relume.pager.server import STOPPED, Pager
+from relume.pager.server import STOPPED, UNTRUSTED, Pager, reason_of
 
 _SWITCH_SECONDS = 0.0005
 """How long a thread may keep the GIL while another wants it: a fault must not wait for Python's 5 ms."""
@@ -60,7 +60,8 @@ def main(arguments: list[str]) -> int:
         if reason == STOPPED:
             emit({"event": "gone", "reason": STOPPED})
         else:
-            emit({"event": "failed", "reason": reason})
+            told = reason.removeprefix(UNTRUSTED)
+            emit({"event": "failed", "reason": told, "untrusted": told != reason})
 
     return hold(serve, report)
 
@@ -90,7 +91,9 @@ def _like_criu(arguments: list[str]) -> int:
         return _run(Pager(job, board, emit, None), board)
 
     def report(reason: str) -> None:
-        logging.getLogger(__name__).error("Error: %s; the processes were killed", reason)
+        logging.getLogger(__name__).error(
+            "Error: %s; the processes were killed", reason.removeprefix(UNTRUSTED)
+        )
 
     return hold(serve, report)
 
@@ -101,7 +104,7 @@ def _run(pager: Pager, board: Board) -> int:
         return pager.run()
     except RelumeError as error:
         logging.getLogger(__name__).error("%s", error)
-        board.explain(error.message)
+        board.explain(reason_of(error))
         return 1
 
 

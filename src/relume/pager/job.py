@@ -8,13 +8,19 @@ instance and ends). From it, each with ``"seconds"`` since the job came:
 ``restored``   CRIU is done, the app runs
 ``replayed``   ``bytes``, ``copy_seconds``, ``ahead`` (bytes given before ``restored``), ``blocks``, ``withheld``
 ``recorded``   ``bytes``, ``pieces``, ``missed``, ``path``: what was learned is on disk
+``answered``   the first answer left; what follows was not needed for it
 ``filled``     ``processes`` (how many), their counters added up, ``hashed_bytes``: nothing is left, the pager ends
 ``gone``       the same facts, when all processes ended before that; the pager ends
-``failed``     ``reason``: memory could not be served; the instance was killed before this line was written
+``failed``     ``reason``: memory could not be served; the instance was killed before this line was written.
+               ``untrusted``: because bytes were not what they must be
+
+With ``remote`` each event but ``failed`` also has ``store_bytes`` and ``store_requests``: what this pager asked of
+the region's store so far.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +32,25 @@ FILLS = ("all", "demand")
 
 
 @dataclass(frozen=True, slots=True)
+class Remote:
+    """Where the pages of a checkpoint come from that is not whole on this node: an entry of the region's cache.
+
+    ``state`` is the node's folder for the region, ``url`` and ``key_file`` as in node.toml, the rest names the
+    checkpoint. ``patience_s`` is how long a fault waits for a store that does not answer, in seconds.
+    """
+
+    url: str
+    key_file: str | None
+    state: str
+    node: str
+    cache_bytes: int
+    build: str
+    platform: str
+    generation: int
+    patience_s: float = 20.0
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One restore.
 
@@ -34,6 +59,7 @@ class Job:
     "demand". ``cgroup`` is the instance's group as relume.linux.cgroup names them; without it the restored
     processes and their descendants are what is killed on a failure. ``verify`` is a folder for the memory of
     verified blocks; without it nothing is hashed. ``record_limit_s`` bounds the recording, in seconds.
+    ``remote`` says where missing pages come from; without it the images are whole.
     """
 
     images: Path
@@ -46,6 +72,7 @@ class Job:
     verify: Path | None = None
     record_limit_s: float = 60.0
     await_answer: bool = True
+    remote: Remote | None = None
 
     @classmethod
     def parse(cls, line: str) -> Job:
@@ -62,6 +89,7 @@ class Job:
                 cgroup=fields.get("cgroup"),
                 verify=_path(fields.get("verify")),
                 record_limit_s=float(fields.get("record_limit_s", 60.0)),
+                remote=Remote(**fields["remote"]) if fields.get("remote") else None,
             )
         except (ValueError, TypeError, KeyError) as error:
             raise PagerError(
@@ -86,6 +114,7 @@ class Job:
                 "cgroup": self.cgroup,
                 "verify": str(self.verify) if self.verify else None,
                 "record_limit_s": self.record_limit_s,
+                "remote": dataclasses.asdict(self.remote) if self.remote else None,
             }
         )
 

@@ -18,9 +18,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from relume.errors import PagerError, RelumeError
+from relume.errors import PagerError, RelumeError, Untrusted
 from relume.images.files import read_image
 from relume.images.integrity import Verifier
 from relume.images.pagemap import Pagemap, read_pagemap, read_wiped_on_fork
@@ -28,11 +28,17 @@ from relume.pager import background, lazy_socket, working_set
 from relume.pager.holder import Board
 from relume.pager.job import Job
 from relume.pager.ranges import Range, RangeMap
-from relume.pager.source import FileSource, NoPages
+from relume.pager.source import FileSource, NoPages, PageSource
 from relume.pager.space import AddressSpace, Counters, Served
 from relume.pager.working_set import Piece, Run, WorkingSet
 
+if TYPE_CHECKING:
+    from relume.pager.remote import RemoteImages
+
 log = logging.getLogger(__name__)
+
+UNTRUSTED = "untrusted: "
+"""How the reason of a failure begins that is about wrong bytes, between pager and holder."""
 
 STOPPED = "stopped"
 """The reason of an end that was asked for."""
@@ -64,13 +70,15 @@ class Pager:
         self._finished: list[Counters] = []
         self._survived = False
         self._pagemaps: dict[int, Pagemap] = {}
-        self._sources: dict[int, FileSource] = {}
+        self._sources: dict[int, PageSource] = {}
+        self._remote: RemoteImages | None = None
         self._pending: dict[int, RangeMap] = {}
         self._layouts: dict[int, RangeMap] = {}
         self._wiped: dict[int, RangeMap] = {}
         self._by_pages: dict[int, AddressSpace] = {}
         self._restored_at: float | None = None
         self._recording = True
+        self._answered = False
         self._touched: list[Piece] = []
         self._learned: WorkingSet | None = None
         self._replay: background.Replay | None = None
@@ -90,8 +98,11 @@ class Pager:
         self._watch(self._wake_read, self._drain)
         if self._control:
             self._watch(self._control, self._command)
-        self._emit("listening")
-        self._open_images()
+        if self._job.remote is None:
+            self._emit("listening")
+            self._open_images()
+        else:
+            self._open_remote()
         self._read_for_criu()
         self._prepare_replay()
         # Needed before CRIU is done: its restorer touches the memory it has just registered.
@@ -114,6 +125,17 @@ class Pager:
                 self._close_complete()
         return self._end()
 
+    def _open_remote(self) -> None:
+        """Images that are not whole: CRIU waits until what it reads itself is here. Raises Untrusted, StoreError."""
+        from relume.pager.remote import RemoteImages  # a local restore doesn't pay for it
+
+        assert self._job.remote is not None
+        self._remote = RemoteImages(self._job.remote)
+        self._open_images()
+        for pagemap in self._pagemaps.values():
+            self._remote.bring_what_criu_reads(pagemap)
+        self._emit("listening")
+
     def _open_images(self) -> None:
         """Reads where everything lies, before the first task asks. Raises ImageError, Untrusted."""
         if self._job.verify:
@@ -124,8 +146,7 @@ class Pager:
             pagemap = read_pagemap(self._job.images, task.pid)
             self._pagemaps[task.pid] = pagemap
             if any(pagemap.lazy):
-                verifier = self._verifier.pages(pagemap.pages) if self._verifier else None
-                self._sources[task.pid] = FileSource(pagemap.pages, verifier)
+                self._sources[task.pid] = self._source(pagemap)
                 self._pending[task.pid] = RangeMap(
                     Range(each.address, each.end, each.offset) for each in pagemap.lazy
                 )
@@ -135,6 +156,11 @@ class Pager:
                 self._wiped[task.pid] = RangeMap(
                     Range(start, end, start) for start, end in read_wiped_on_fork(self._job.images, task.pid)
                 )
+
+    def _source(self, pagemap: Pagemap) -> PageSource:
+        if self._remote is not None:
+            return self._remote.source(pagemap.pages)
+        return FileSource(pagemap.pages, self._verifier.pages(pagemap.pages) if self._verifier else None)
 
     def _read_for_criu(self) -> None:
         """Asks the disk for what CRIU reads itself, all at once: it asks one after the other."""
@@ -284,6 +310,9 @@ class Pager:
 
     def _first_answer(self) -> None:
         """The recording ends, the fill begins."""
+        if not self._answered:
+            self._answered = True
+            self._emit("answered")
         if self._recording and self._restored_at is not None:
             self._recording = False
             if self._job.record:
@@ -350,7 +379,9 @@ class Pager:
                 name: sum(getattr(each, name) for each in self._finished)
                 for name in Counters.__dataclass_fields__
             },
-            hashed_bytes=sum(source.hashed_bytes for source in self._sources.values()),
+            hashed_bytes=sum(
+                source.hashed_bytes for source in self._sources.values() if isinstance(source, FileSource)
+            ),
         )
         return 0
 
@@ -403,6 +434,8 @@ class Pager:
                     os._exit(0)
 
     def _emit(self, event: str, **facts: Any) -> None:
+        if self._remote is not None:
+            facts |= self._remote.facts
         self._emit_line({"event": event, "seconds": round(time.monotonic() - self._began, 6), **facts})
 
     def _wake(self) -> None:
@@ -417,10 +450,15 @@ class Pager:
     def _fail(self, error: BaseException) -> None:
         """Ends the process, from whatever thread: the holder kills the instance and says why."""
         log.error("%s", error, exc_info=not isinstance(error, RelumeError))
-        self._board.explain(
-            error.message if isinstance(error, RelumeError) else f"{type(error).__name__}: {error}"
-        )
+        self._board.explain(reason_of(error))
         self._board.abandon(70)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why the pager ends, for the holder; marked where bytes were wrong."""
+    if isinstance(error, RelumeError):
+        return (UNTRUSTED if isinstance(error, Untrusted) else "") + error.message
+    return f"{type(error).__name__}: {error}"
 
 
 def _without_pages(task: lazy_socket.Task) -> AddressSpace:

@@ -40,7 +40,7 @@ def test_from_the_intent_to_the_shelf(shelf: Shelf, begun: Any, checkpoint_of: A
 
 
 # Each of these is a moment of publish() at which the machine may stop.
-MOMENTS = ["_close_to_others", "_sync_tree", "_sync", "rename"]
+MOMENTS = ["close_to_others", "_sync_tree", "_sync", "rename"]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
