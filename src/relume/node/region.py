@@ -18,6 +18,8 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
+import stat
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
@@ -56,6 +58,8 @@ _AGAIN_S = (5.0, 30.0, 120.0)
 """Seconds before a failed upload is tried again; the last for ever."""
 _WATCH_S = 60.0
 _MARK = "region.json"
+_ROOT = "root.json"
+"""Mode, owner and time of the held files' top folder, which is the container's ``/``: the tar has what is in it."""
 _PUBLISH_AGAIN = 0.1
 """A working set is published again when it has changed by this share of its bytes."""
 _ENGINE_FAILURES = 2
@@ -226,6 +230,7 @@ class NodeRegion:
         began = time.monotonic()
         progress = self._uploads.setdefault(checkpoint_id, Progress())
         held = directory / "held"
+        _write_root(directory)
         manifest = self._region.publish(
             lease,
             LocalCheckpoint(
@@ -234,7 +239,7 @@ class NodeRegion:
                 platform=checkpoint.platform.key,
                 images=directory / "images",
                 files=held if held.is_dir() and any(held.iterdir()) else None,
-                companions=[directory / shelves.RECORD],
+                companions=[directory / shelves.RECORD, directory / _ROOT],
                 facts=dataclasses.asdict(checkpoint),
                 layers=self._layers_of(checkpoint.build_id),
             ),
@@ -319,7 +324,7 @@ class NodeRegion:
             raise
         try:
             checkpoint = _checkpoint_of(fetched, build)
-            shelves.close_to_others(fetched.images)
+            _settle(fetched.directory)
             if fetched.pages.working_set is not None and not fetched.complete:
                 _lay_working_set(fetched)
         except BaseException:
@@ -384,7 +389,6 @@ class NodeRegion:
         name = copy.fetched.manifest.name
         try:
             if self._starts.fill(copy.fetched):
-                shelves.close_to_others(copy.fetched.images)
                 self._link(copy.directory)
                 log.info("%s is whole on this node", name.id)
                 if copy.fetched.pages.working_set is None:
@@ -399,13 +403,13 @@ class NodeRegion:
     def complete(self, copy: Copy) -> Copy:
         """All of it, before a restore that reads everything. Blocking. Raises StoreError, Untrusted, OSError."""
         self._starts.fill(copy.fetched)
-        shelves.close_to_others(copy.fetched.images)
         return dataclasses.replace(copy, fetched=dataclasses.replace(copy.fetched, complete=True))
 
     def failed(self, copy: Copy, error: Exception) -> bool:
         """A restore from ``copy`` failed; whether it counts as damaged from now on. Ends the copy."""
         name = copy.fetched.manifest.name
         copy.fetched.close()
+        log.warning("restore of %s failed: %s", name.id, error)
         if isinstance(error, Untrusted):
             self._refuse(name, error.message)
             return True
@@ -527,7 +531,6 @@ class NodeRegion:
         manifest = self.resolve(checkpoint_id)
         self._region.pull(manifest.name)
         directory = self._region.cache.root / manifest.name.id
-        shelves.close_to_others(directory / "images")
         self._link(directory)
         return {"checkpoint_id": checkpoint_id, "name": manifest.name.id, "data_bytes": manifest.sizes.data}
 
@@ -588,8 +591,9 @@ class NodeRegion:
 
     def _link(self, directory: Path) -> None:
         try:
+            _settle(directory)
             checkpoint = shelves.read(directory)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, Untrusted) as error:
             log.warning("%s in the cache is no checkpoint: %s", directory.name, error)
             return
         build, platform, generation = directory.name.rsplit(".", 2)
@@ -614,6 +618,31 @@ def _read_mark(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _write_root(directory: Path) -> None:
+    found = (directory / "held").stat()
+    root = {
+        "mode": stat.S_IMODE(found.st_mode),
+        "uid": found.st_uid,
+        "gid": found.st_gid,
+        "mtime_ns": found.st_mtime_ns,
+    }
+    (directory / _ROOT).write_text(json.dumps(root))
+
+
+def _settle(directory: Path) -> None:
+    """Make what was fetched like what a dump leaves. Raises Untrusted, OSError."""
+    shelves.close_to_others(directory / "images")
+    held = directory / "held"
+    held.mkdir(mode=0o700, exist_ok=True)  # none is sent where it is empty
+    try:
+        root = json.loads((directory / _ROOT).read_text())
+        os.chown(held, root["uid"], root["gid"])
+        held.chmod(root["mode"] & 0o7777)
+        os.utime(held, ns=(root["mtime_ns"], root["mtime_ns"]))
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise Untrusted(f"{directory.name} has no usable {_ROOT}: {error}") from None
 
 
 def _checkpoint_of(fetched: Fetched, build: Build) -> Checkpoint:

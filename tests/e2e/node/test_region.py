@@ -136,3 +136,140 @@ def test_a_node_that_has_never_seen_it(region: Region) -> None:
         assert again["restored"] and "store_bytes" not in again["trace"], "the second start is local"
         assert get(again, "/sum") == region.answer
         assert node.json("checkpoints", "verify", region.checkpoint_id)["ok"]
+
+
+def test_its_own_checkpoint_is_not_made_again(region: Region) -> None:
+    with region.node("third") as node:
+        cold = node.start(region.app.name, "--no-restore")
+        answer = node.answer_of_post(cold["instance_id"])
+        assert (answer["status"], answer["reason"]) == ("skipped", "exists"), answer
+        assert answer["checkpoint_id"] == region.checkpoint_id
+
+        pulled = node.json("checkpoints", "pull", region.checkpoint_id)
+        assert pulled["checkpoint_id"] == region.checkpoint_id
+        copy = node.start(region.app.name)
+        assert copy["restored"] and "store_bytes" not in copy["trace"], "what was pulled is local"
+        assert get(copy, "/sum") == region.answer
+        inspected = node.json("checkpoints", "inspect", region.checkpoint_id)
+        assert inspected["would_be_used"], inspected
+
+        file = region.root / "exported"
+        assert node.json("checkpoints", "export", region.checkpoint_id, str(file))["bytes"] > 12 << 20
+        assert node.json("checkpoints", "gc")["dry_run"]
+        with region.node("fourth", prefix="elsewhere") as other:
+            imported = other.json("checkpoints", "import", str(file))
+            assert imported["checkpoint_id"] == region.checkpoint_id
+            assert other.json("checkpoints", "verify", region.checkpoint_id)["ok"]
+            copy = other.start(region.app.name)
+            assert copy["restored"], copy
+            assert get(copy, "/sum") == region.answer
+            other.run("checkpoints", "rm", region.checkpoint_id)
+            assert other.checkpoints(region.app.name) == []
+
+
+def test_without_the_key(region: Region) -> None:
+    with region.node("keyless", key=False) as node:
+        started = node.start(region.app.name)
+        assert not started["restored"]
+        assert "key" in started["reason"], started
+        answer = node.answer_of_post(started["instance_id"])
+        assert answer["status"] == "created", "its own, for itself"
+        until(lambda: "is not published" in node.log.read_text(), 20, node.log.read_text())
+        (row,) = [row for row in node.checkpoints(region.app.name) if "local" in row["where"]]
+        assert row["where"] == ["local"]
+    assert len(list(region.objects().rglob("manifest"))) == 1
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _flip_all(objects: Path, pattern: str) -> None:
+    found = [path for path in objects.glob(pattern) if path.is_file()]
+    assert found, pattern
+    for path in found:
+        _flip(path)
+
+
+def _chunks_without_working_set(objects: Path) -> None:
+    shutil.rmtree(objects / "working-set")
+    _flip_all(objects, "chunk/*/*/*")
+
+
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "manifest": (lambda objects: _flip_all(objects, "checkpoint/*/*/*/manifest"), "manifest"),
+    "index": (lambda objects: _flip_all(objects, "checkpoint/*/*/*/index"), "index"),
+    "images": (lambda objects: _flip_all(objects, "checkpoint/*/*/*/images"), "images"),
+    "chunks": (_chunks_without_working_set, "chunk"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_one_bit(region: Region, kind: str) -> None:
+    """Refused before the first instruction, with the reason; the app boots cold."""
+    damage, reason = REFUSED[kind]
+    shutil.copytree(region.objects(), region.objects(f"bad-{kind}"))
+    damage(region.objects(f"bad-{kind}"))
+    with region.node(f"node-{kind}", prefix=f"bad-{kind}") as node:
+        started = node.start(region.app.name)
+        assert not started["restored"]
+        assert reason in started["reason"], started
+        assert get(started, "/sum")["sum"] == region.answer["sum"]
+        assert "is quarantined here" in node.log.read_text()
+        assert region.checkpoint_id not in {
+            row["checkpoint_id"] for row in node.checkpoints(region.app.name) if row["state"] == "ready"
+        }
+
+
+@pytest.mark.parametrize("part", ["list", "0"])
+def test_one_bit_of_the_working_set(region: Region, part: str) -> None:
+    """It is useless then, and harmless: the pages come from their chunks."""
+    prefix = f"bad-set-{part}"
+    shutil.copytree(region.objects(), region.objects(prefix))
+    _flip_all(region.objects(prefix), f"working-set/*/*/*/*/{part}")
+    with region.node(f"node-set-{part}", prefix=prefix) as node:
+        copy = node.start(region.app.name)
+        assert copy["restored"], copy
+        assert get(copy, "/sum") == region.answer
+
+
+def test_bytes_that_turn_out_wrong_while_it_runs(region: Region) -> None:
+    """The working set is right, so it runs; the fill meets a wrong chunk: it is killed, and another takes its place."""
+    shutil.copytree(region.objects(), region.objects("bad-late"))
+    _flip_all(region.objects("bad-late"), "chunk/*/*/*")
+    with region.node("node-late", prefix="bad-late") as node:
+        started = node.start(region.app.name)
+        if started["restored"]:
+            with contextlib.suppress(OSError):
+                get(started, "/sum")  # the first answer starts the fill
+
+        def replaced() -> Any:
+            rows = [row for row in node.ps(region.app.name) if row["state"] == "ready"]
+            return [row for row in rows if not row["restored"]]
+
+        (cold,) = until(replaced, 60, node.log.read_text())[:1]
+        assert get(cold, "/sum")["sum"] == region.answer["sum"]
+        assert "is quarantined here" in node.log.read_text()
+
+
+def test_the_store_goes_during_a_start(region: Region) -> None:
+    port = servers.free_port()
+    backend = int(region.endpoint.rpartition(":")[2])
+    with contextlib.ExitStack() as stack:
+        proxy = stack.enter_context(servers.FaultProxy(backend))
+        node = stack.enter_context(region.node("alone", endpoint=proxy.endpoint))
+        proxy.gone = True
+        started = node.start(region.app.name)
+        assert not started["restored"]
+        assert "store" in started["reason"], started
+        assert get(started, "/sum")["sum"] == region.answer["sum"]
+        proxy.gone = False
+
+
+def test_a_store_that_cannot_exclude(region: Region, relume: Relume) -> None:
+    """A node that would share it says why it does not run."""
+    with servers.juicefs_gateway(region.root) as endpoint, pytest.raises(AssertionError, match="create-if-absent|exclusive|If-None-Match"):
+        with _node(region.root, "refusing", servers.url(endpoint, bucket="jfs"), region.key, relume):
+            pass
