@@ -10,23 +10,25 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e import store_servers as servers
 
+from e2e import store_servers as servers
 from harness import SNIPPET, App, Relume, get, share_builds, until
 from relume.store import new_key_file
 
-#: 12 MiB that don't compress, half of which an answer needs.
+#: 48 MiB that don't compress, of which an answer needs 4. QUIET ones ask for no checkpoint.
 PROGRAM = f"""
 import random
-WEIGHTS = random.Random(7).randbytes(12 << 20)
-ACTIONS["sum"] = lambda _: {{"sum": sum(WEIGHTS[: 6 << 20 : 512]), "boot": STATE["boot"]}}
-{SNIPPET}
+WEIGHTS = random.Random(7).randbytes(48 << 20)
+ACTIONS["sum"] = lambda _: {{"sum": sum(WEIGHTS[: 4 << 20 : 512]), "boot": STATE["boot"]}}
+if "QUIET" not in os.environ:
+    exec({SNIPPET!r})
 serve()
 """
 
@@ -127,6 +129,9 @@ def test_a_node_that_has_never_seen_it(region: Region) -> None:
         assert copy["trace"]["store_requests"] > 0
         total = sum(path.stat().st_size for path in region.objects().rglob("chunk/**/*") if path.is_file())
         assert 0 < copy["trace"]["store_bytes"] < total
+        (row,) = [row for row in node.ps(region.app.name) if row["state"] == "ready"]
+        needed = sum(path.stat().st_size for path in region.objects().glob("working-set/*/*/*/1/*"))
+        assert row["store_bytes"] <= 1.3 * needed, (row, needed)
         until(
             lambda: node.checkpoints(region.app.name)[0]["where"] == ["local", "remote"],
             60,
@@ -154,7 +159,7 @@ def test_its_own_checkpoint_is_not_made_again(region: Region) -> None:
         assert inspected["would_be_used"], inspected
 
         file = region.root / "exported"
-        assert node.json("checkpoints", "export", region.checkpoint_id, str(file))["bytes"] > 12 << 20
+        assert node.json("checkpoints", "export", region.checkpoint_id, str(file))["bytes"] > 48 << 20
         assert node.json("checkpoints", "gc")["dry_run"]
         with region.node("fourth", prefix="elsewhere") as other:
             imported = other.json("checkpoints", "import", str(file))
@@ -206,70 +211,74 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_one_bit(region: Region, kind: str) -> None:
-    """Refused before the first instruction, with the reason; the app boots cold."""
-    damage, reason = REFUSED[kind]
-    shutil.copytree(region.objects(), region.objects(f"bad-{kind}"))
-    damage(region.objects(f"bad-{kind}"))
-    with region.node(f"node-{kind}", prefix=f"bad-{kind}") as node:
-        started = node.start(region.app.name)
-        assert not started["restored"]
-        assert reason in started["reason"], started
-        assert get(started, "/sum")["sum"] == region.answer["sum"]
-        assert "is quarantined here" in node.log.read_text()
-        assert region.checkpoint_id not in {
-            row["checkpoint_id"] for row in node.checkpoints(region.app.name) if row["state"] == "ready"
-        }
+def test_one_bit_of_each_kind(region: Region) -> None:
+    """Refused before the first instruction, with the reason, and booted cold. A working set is only of no use then."""
+    objects = region.objects("bad")
+    with region.node("flipped", prefix="bad") as node:
 
+        def start(damage: Callable[[Path], None]) -> Any:
+            """A start of a node that has nothing here, from the store with this damage."""
+            node.stop(region.app.name)
+            node.kill_node(signal.SIGTERM)
+            shutil.rmtree(objects, ignore_errors=True)
+            shutil.rmtree(node.state / "region" / "cache")
+            shutil.copytree(region.objects(), objects)
+            damage(objects)
+            node.start_node()
+            return node.start(region.app.name, "-e", "QUIET=1")
 
-@pytest.mark.parametrize("part", ["list", "0"])
-def test_one_bit_of_the_working_set(region: Region, part: str) -> None:
-    """It is useless then, and harmless: the pages come from their chunks."""
-    prefix = f"bad-set-{part}"
-    shutil.copytree(region.objects(), region.objects(prefix))
-    _flip_all(region.objects(prefix), f"working-set/*/*/*/*/{part}")
-    with region.node(f"node-set-{part}", prefix=prefix) as node:
-        copy = node.start(region.app.name)
-        assert copy["restored"], copy
-        assert get(copy, "/sum") == region.answer
+        for part in ("list", "0"):
+            started = start(lambda objects, part=part: _flip_all(objects, f"working-set/*/*/*/*/{part}"))
+            assert started["restored"], started
+            assert get(started, "/sum") == region.answer
+        for kind, (damage, reason) in REFUSED.items():
+            started = start(damage)
+            assert not started["restored"], kind
+            assert reason in started["reason"], started
+            assert get(started, "/sum")["sum"] == region.answer["sum"]
+            (row,) = [row for row in node.checkpoints(region.app.name) if row["where"] != ["local"]]
+            assert row["state"] != "ready", row
 
 
 def test_bytes_that_turn_out_wrong_while_it_runs(region: Region) -> None:
-    """The working set is right, so it runs; the fill meets a wrong chunk: it is killed, and another takes its place."""
-    shutil.copytree(region.objects(), region.objects("bad-late"))
-    _flip_all(region.objects("bad-late"), "chunk/*/*/*")
-    with region.node("node-late", prefix="bad-late") as node:
+    """What an answer needs is right, so it runs; the fill meets a wrong chunk: killed, another takes its place."""
+    shutil.copytree(region.objects(), region.objects("late"))
+    _flip_all(region.objects("late"), "chunk/*/*/*")
+    with region.node("late", prefix="late") as node:
         started = node.start(region.app.name)
-        if started["restored"]:
-            with contextlib.suppress(OSError):
-                get(started, "/sum")  # the first answer starts the fill
+        assert started["restored"], started
+        assert get(started, "/sum") == region.answer  # the first answer starts the fill
 
         def replaced() -> Any:
             rows = [row for row in node.ps(region.app.name) if row["state"] == "ready"]
             return [row for row in rows if not row["restored"]]
 
-        (cold,) = until(replaced, 60, node.log.read_text())[:1]
+        cold = until(replaced, 60, node.log.read_text())[0]
         assert get(cold, "/sum")["sum"] == region.answer["sum"]
+        ended = [row for row in node.ps(region.app.name) if row["instance_id"] == started["instance_id"]]
+        assert ended[0]["state"] != "ready"
         assert "is quarantined here" in node.log.read_text()
 
 
 def test_the_store_goes_during_a_start(region: Region) -> None:
-    port = servers.free_port()
-    backend = int(region.endpoint.rpartition(":")[2])
-    with contextlib.ExitStack() as stack:
-        proxy = stack.enter_context(servers.FaultProxy(backend))
-        node = stack.enter_context(region.node("alone", endpoint=proxy.endpoint))
-        proxy.gone = True
+    with (
+        servers.FaultProxy(region.endpoint) as proxy,
+        region.node("alone", endpoint=proxy.endpoint) as node,
+    ):
+        proxy.fault = "outage"
         started = node.start(region.app.name)
         assert not started["restored"]
-        assert "store" in started["reason"], started
+        assert "the region's store" in started["reason"], started
         assert get(started, "/sum")["sum"] == region.answer["sum"]
-        proxy.gone = False
+        proxy.fault = ""
 
 
-def test_a_store_that_cannot_exclude(region: Region, relume: Relume) -> None:
-    """A node that would share it says why it does not run."""
-    with servers.juicefs_gateway(region.root) as endpoint, pytest.raises(AssertionError, match="create-if-absent|exclusive|If-None-Match"):
-        with _node(region.root, "refusing", servers.url(endpoint, bucket="jfs"), region.key, relume):
+def test_a_store_that_does_not_exclude(region: Region, relume: Relume) -> None:
+    """The node says why it will not share it, and does not run."""
+    with servers.juicefs_gateway(region.root) as endpoint:
+        url = servers.url(endpoint, bucket="jfs")
+        with (
+            pytest.raises(AssertionError, match=r"\[store\] url .* create-if-absent"),
+            _node(region.root, "refusing", url, region.key, relume),
+        ):
             pass
