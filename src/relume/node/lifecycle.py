@@ -6,6 +6,9 @@
 Guarantees: a failed restore costs the caller time, never the start; an instance that is returned is ready; one
 that is gone has left its log and nothing else. Nobody waits for a new checkpoint after a failed restore: a
 replacement is made from an extra instance in the background, at most twice for a build.
+
+A start that is under way owns its instance, and clears it up if it fails; from its readiness on the instance
+is ended by ``stop``, by its own exit, or by its keeper's death, whoever comes first.
 """
 
 from __future__ import annotations
@@ -556,26 +559,28 @@ class Lifecycle:
             await self.stop(instance)
 
     async def _catch_up(self, instance: Instance, told: dict[str, Any]) -> bool:
-        """Answer what waits: a dump that was going on first. Returns whether there was one that came to an end."""
-        answer = await self._unfinished(instance, told["dump"])
-        begun = told["dump"]["requests"] if told["dump"] else []
+        """Answer what waits: a dump that was going on first. Returns whether the instance has its checkpoint."""
+        dump = told["dump"]
+        resumed = await self._resume(instance)
+        answer = resumed or (dump and self._capturer.unsaid(self.subject(instance), dump["dump_id"]))
+        # Who asks while a dump goes on is told so; of those who wait, only one that asked before it is its cause.
+        causes = dump["requests"] if dump else told["requests"]
         for request in told["requests"]:
-            if answer is not None and request in begun:
+            if answer and request in causes:
                 await instance.keeper.answer(request, 200, answer)
-                begun = []  # who asked while it went on was told so, or asks anew
+                causes = []
             else:
                 await self._answer_request(instance, request)
-        if answer is not None and instance.settings.trigger == "ready":
-            await self._note_checkpoint(instance, answer)
-        return answer is not None
+        if resumed and instance.settings.trigger == "ready":
+            await self._note_checkpoint(instance, resumed)
+        return bool(answer)
 
-    async def _unfinished(self, instance: Instance, dump: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The answer of a checkpoint that an earlier run of this node began or did not come to tell of."""
-        subject = self.subject(instance)
+    async def _resume(self, instance: Instance) -> dict[str, Any] | None:
+        """The answer of a checkpoint that an earlier run of this node began."""
         for intent in self._shelf.unfinished():
             if intent.instance_id == instance.instance_id:
-                return await self._capturer.resume(subject, intent)
-        return self._capturer.unsaid(subject, dump["dump_id"]) if dump is not None else None
+                return await self._capturer.resume(self.subject(instance), intent)
+        return None
 
     # --- the rest ---------------------------------------------------------------------------------
 
