@@ -71,6 +71,7 @@ class Pager:
         self._by_pages: dict[int, AddressSpace] = {}
         self._restored_at: float | None = None
         self._recording = True
+        self._answered = False
         self._touched: list[Piece] = []
         self._learned: WorkingSet | None = None
         self._replay: background.Replay | None = None
@@ -223,8 +224,7 @@ class Pager:
         if self._replay:
             self._replay.all_named = True
         self._emit("restored", lazy_bytes=sum(space.pending.total for space in self._spaces))
-        if not self._job.await_answer:
-            self._recording = self._job.record is not None
+        if self._answered or not self._job.await_answer:
             self._first_answer()
 
     # --- faults -----------------------------------------------------------------------------------
@@ -284,7 +284,10 @@ class Pager:
 
     def _first_answer(self) -> None:
         """The recording ends, the fill begins."""
-        if self._recording and self._restored_at is not None:
+        self._answered = True
+        if self._restored_at is None:
+            return  # heard of it before CRIU's last word; _restored comes back to it
+        if self._recording:
             self._recording = False
             if self._job.record:
                 self._record(time.monotonic() - self._restored_at)
