@@ -314,7 +314,8 @@ serve()
     relume.deploy(app.directory)
     first = relume.start(app.name)
     assert relume.answer_of_post(first["instance_id"])["status"] == "created"
-    assert relume.start(app.name)["restored"]
+    copy = relume.start(app.name)
+    assert copy["restored"], copy["reason"]
 
 
 def test_knocking_at_the_port_during_the_dump(relume: Relume, app: App) -> None:
