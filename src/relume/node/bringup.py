@@ -127,6 +127,10 @@ class BringUp:
                 merged[name] = ",".join([*hosts, ADDRESS])
         return merged
 
+    async def why_paging_failed(self, instance: Instance, checkpoint: Checkpoint) -> Exception:
+        """The error behind an instance that its pager ended: the image's damage, if that is what it was."""
+        return await self._paging_reason(instance, self._restoration(instance, checkpoint))
+
     # --- pieces -----------------------------------------------------------------------------------
 
     def _restoration(self, instance: Instance, checkpoint: Checkpoint) -> Restoration:
@@ -196,14 +200,17 @@ class BringUp:
             )
         )
 
+    async def _paging_reason(self, instance: Instance, restoration: Restoration) -> Exception:
+        try:
+            await asyncio.to_thread(restoration.verify, pages=True)
+        except Exception as damage:
+            return damage
+        return PagerError(instance.paging_failed)
+
     async def _reason(self, instance: Instance, restoration: Restoration, error: Exception) -> Exception:
         """The error that says why a restore failed."""
         if instance.paging_failed:
-            try:
-                await asyncio.to_thread(restoration.verify, pages=True)
-            except Exception as damage:
-                return damage
-            return PagerError(instance.paging_failed)
+            return await self._paging_reason(instance, restoration)
         words = criulog.explain(instance.places.criu_work / "restore.log")
         if isinstance(error, EngineError) and words.reason:
             return EngineError(words.reason, hint=error.hint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from relume.build import Build
@@ -39,6 +40,8 @@ class Instance:
     """Started by the node only to make a checkpoint."""
     adopted: bool = False
     """Taken over from an earlier run of the node."""
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What its caller gave it, for whoever takes its place; kept in memory only, for it may be secret."""
     memory: str = "fresh"
     """How its memory came: "fresh", "paged", or "eager: " and why."""
     paging_failed: str = ""

@@ -33,7 +33,6 @@ from relume.errors import (
     EngineError,
     ImageError,
     NotFound,
-    PagerError,
     RelumeError,
     StartFailed,
     Untrusted,
@@ -180,6 +179,7 @@ class Lifecycle:
         if instance is None:
             return None
         instance.start = start
+        instance.environment = start.environment
         instance.state = "starting"
         instance.started_at = time.time()
         try:
@@ -246,6 +246,7 @@ class Lifecycle:
             checkpoint_id=checkpoint_id,
             deferred=deferred,
             maker=maker,
+            environment=start.environment,
             start=start,
         )
         self.instances[instance_id] = instance
@@ -362,8 +363,14 @@ class Lifecycle:
         """A new instance in the place of one whose memory failed it."""
         await instance.ended.wait()
         assert instance.checkpoint_id is not None
-        self._count_failure(instance.checkpoint_id, instance.build, PagerError(instance.paging_failed))
-        started = await self.start(instance.build)
+        try:
+            checkpoint = self._shelf.load(instance.checkpoint_id)
+        except NotFound:
+            pass  # removed meanwhile: there is nothing to count against
+        else:
+            error = await self._bringup.why_paging_failed(instance, checkpoint)
+            self._count_failure(checkpoint.checkpoint_id, instance.build, error)
+        started = await self.start(instance.build, environment=instance.environment)
         log.warning("%s takes the place of %s", started.instance.instance_id, instance.instance_id)
 
     async def _answer_request(self, instance: Instance, request: int) -> None:

@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import leftovers
 import pytest
 
+import leftovers
 from harness import App, Relume, share_builds
 
 
