@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.server
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -202,3 +204,12 @@ class TestReport:
         assert report.markdown_clones(CLONES)[-1] == (
             "| `tiny` | learned | 8 | 500 ms | 400 MB | 420 MB | 450 MB |"
         )
+
+
+def test_the_pages_show_what_was_measured() -> None:
+    root = Path(__file__).parents[3]
+    assert list((root / "bench/results").glob("*.json"))
+    done = subprocess.run(
+        [sys.executable, root / "bench/render.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -137,6 +137,21 @@ def markdown_freeze(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def markdown_stages(rows: Sequence[Row]) -> list[str]:
+    """A table of when each stage of a learned start was over, page cache warm; our own share at the end."""
+    chosen = [row for row in rows if row["way"] == "learned" and row["cache"] == "warm" and "stages" in row]
+    names = list(dict.fromkeys(name for row in chosen for name in row["stages"]))
+    lines = [
+        f"| workload | {' | '.join(f'`{name}`' for name in names)} | first answer | our own |",
+        f"|---|{'--:|' * (len(names) + 2)}",
+    ]
+    for row in chosen:
+        cells = [time(row["stages"][name]) if name in row["stages"] else "-" for name in names]
+        cells += [time(row["first_answer_s"]), "-" if row["own_s"] is None else time(row["own_s"])]
+        lines.append(f"| `{row['workload']}` | {' | '.join(cells)} |")
+    return lines
+
+
 def mega(count: int | None) -> str:
     """Bytes as "1612 MB"."""
     return "-" if count is None else f"{count / 1e6:.0f} MB"
