@@ -139,6 +139,7 @@ class TestQuestions:
 
 STAGES = {
     "lookup": 0.001,
+    "pager_ready": 0.019,
     "runc_started": 0.02,
     "namespaces": 0.06,
     "network": 0.065,
@@ -154,7 +155,11 @@ class TestOwnShare:
     def test_ready_before_criu_was_done_costs_nothing_afterwards(self) -> None:
         assert measure.own_share(STAGES | {"ready": 0.09}) == pytest.approx(0.025)
 
-    def test_is_unknown_where_nobody_saw_criu_end(self) -> None:
+    def test_a_trace_that_ends_before_criu_does_has_nothing_after_it(self) -> None:
+        early = {name: at for name, at in STAGES.items() if name != "pager_restored"} | {"ready": 0.08}
+        assert measure.own_share(early) == pytest.approx(0.025)
+
+    def test_is_unknown_without_our_pager(self) -> None:
         assert measure.own_share({"runc_started": 0.02, "ready": 0.1}) is None
 
 
