@@ -259,8 +259,7 @@ async def test_a_dump_outlives_the_node(bench: Bench) -> None:
     assert not waiting.done()
     bench.engine.gate.set()
     assert await waiting == DumpResult("d1", seconds=1.5, held={"files": 1})
-    with pytest.raises(EngineError, match="no dump d2"):
-        await second.dumped("d2")
+    assert await second.dumped("d2") is None
     writer.close()
 
 
