@@ -200,6 +200,13 @@ class BringUp:
             )
         )
 
+    async def _hear_the_pager(self, instance: Instance) -> None:
+        """runc's failure may be heard before the pager's, which was its cause."""
+        for _ in range(20):
+            if instance.paging_failed or instance.keeper.lost.is_set():
+                return
+            await asyncio.sleep(0.02)
+
     async def _paging_reason(self, instance: Instance, restoration: Restoration) -> Exception:
         try:
             await asyncio.to_thread(restoration.verify, pages=True)
@@ -209,6 +216,8 @@ class BringUp:
 
     async def _reason(self, instance: Instance, restoration: Restoration, error: Exception) -> Exception:
         """The error that says why a restore failed."""
+        if instance.memory == "paged":
+            await self._hear_the_pager(instance)
         if instance.paging_failed:
             return await self._paging_reason(instance, restoration)
         words = criulog.explain(instance.places.criu_work / "restore.log")

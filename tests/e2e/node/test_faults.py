@@ -28,6 +28,10 @@ def processes(relume: Relume, instance: str) -> list[int]:
     return cgroup.processes(f"/relume/{node_id(relume)}/{instance}")
 
 
+def state_of(relume: Relume, app: App, checkpoint: str) -> str:
+    return next(row["state"] for row in relume.checkpoints(app.name) if row["checkpoint_id"] == checkpoint)
+
+
 def flip_a_bit(path: Path, offset: int) -> None:
     with path.open("r+b") as file:
         file.seek(offset)
@@ -60,8 +64,7 @@ def test_damaged_image_boots_cold_and_is_replaced_in_the_background(relume: Relu
     assert "restore failed" in started["reason"]
     answer = relume.answer_of_post(started["instance_id"])
     assert (answer["status"], answer["reason"]) == ("skipped", "deferred"), "nobody waits for a new one"
-    states = {row["checkpoint_id"]: row["state"] for row in relume.checkpoints(app.name)}
-    assert states[checkpoint["checkpoint_id"]] == "quarantined"
+    assert state_of(relume, app, checkpoint["checkpoint_id"]) == "quarantined"
     until(lambda: "ready" in [row["state"] for row in relume.checkpoints(app.name)], what="no replacement")
     until(
         lambda: len([row for row in relume.ps(app.name) if row["state"] == "ready"]) == 2,
@@ -97,8 +100,7 @@ serve()
             {row["instance_id"]: row["state"] for row in relume.ps(app.name)}[copy["instance_id"]] != "ready"
         )
     )
-    states = {row["checkpoint_id"]: row["state"] for row in relume.checkpoints(app.name)}
-    assert states[checkpoint["checkpoint_id"]] == "quarantined"
+    until(lambda: state_of(relume, app, checkpoint["checkpoint_id"]) == "quarantined", what="still in use")
 
     def successor() -> list[dict[str, object]]:
         known = (first["instance_id"], copy["instance_id"])
