@@ -23,17 +23,19 @@ PAGES = (ROOT / "README.md", ROOT / "docs/bench.md")
 _BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
-def rows() -> list[dict[str, Any]]:
-    """All rows, the files in order of name."""
-    return [row for path in sorted(RESULTS.glob("*.json")) for row in json.loads(path.read_text())]
+def rows(pattern: str) -> list[dict[str, Any]]:
+    """The rows of the files whose names match."""
+    return [row for path in sorted(RESULTS.glob(pattern)) for row in json.loads(path.read_text())]
 
 
-def tables(measured: list[dict[str, Any]]) -> dict[str, list[str]]:
+def tables() -> dict[str, list[str]]:
     """Block name -> lines of Markdown."""
+    measured = rows("ways.json")
     return {
         "warm": report.markdown(measured, cache="warm"),
         "dropped": report.markdown(measured, cache="dropped"),
-        "clones": report.markdown_clones(measured),
+        "clones": report.markdown_clones(rows("clones.json")),
+        "held": report.markdown(rows("held.json"), cache="warm"),
         "freeze": report.markdown_freeze(measured),
         "stages": report.markdown_stages(measured),
         "chart": ["```", *report.chart([row for row in measured if _charted(row)])[1:], "```"],
@@ -50,7 +52,7 @@ def rendered(page: str, blocks: dict[str, list[str]]) -> str:
 
 
 def main() -> int:
-    blocks = tables(rows())
+    blocks = tables()
     stale = 0
     for path in PAGES:
         before = path.read_text()
