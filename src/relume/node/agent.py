@@ -22,10 +22,12 @@ from relume.errors import BadRequest, NotFound
 from relume.keeper.instance import read_exit_code
 from relume.node import machine
 from relume.node.bringup import BringUp
+from relume.node.gpus import Gpus
 from relume.node.ground import Ground
 from relume.node.lifecycle import Lifecycle
 from relume.node.places import Places
 from relume.node.secrets import Secrets
+from relume.node.settings import Settings
 from relume.node.spares import Spares
 from relume.node.start import Started
 from relume.node.state import State
@@ -57,7 +59,8 @@ class Node:
         self._builder = Builder(state / "builds")
         self._ground = Ground(self.places, self._runc)
         self._spares = Spares(self.places, self._ground, self._runc, outgoing=pasta() is not None)
-        self._capturer = Capturer(self._shelf, self.platform)
+        self._gpus = Gpus([Path(folder) for folder in config.node.cdi_spec_dirs])
+        self._capturer = Capturer(self._shelf, self.platform, self._gpus.memory)
         self.lifecycle = Lifecycle(
             self.places,
             self._state,
@@ -65,11 +68,13 @@ class Node:
             self._capturer,
             self._ground,
             self._spares,
+            gpus=self._gpus,
             build_of=self._build_of,
             bringup=BringUp(
                 self.places,
                 self._shelf,
                 self._ground,
+                self._gpus,
                 log_limit=config.node.max_log_bytes,
                 pages_lazily=self.pages_lazily,
             ),
@@ -132,6 +137,7 @@ class Node:
     async def close(self) -> None:
         """Let go; what runs, runs on."""
         await self.lifecycle.close()
+        await self._gpus.close()
         await self._spares.close()
         self._ground.close()
         if not self.lifecycle.instances:
@@ -166,7 +172,8 @@ class Node:
     ) -> Build:
         """Build the app in ``directory`` and make it what ``start`` starts."""
         config = load_app(directory, config_file=config_file, name=name)
-        config.require_deployable()
+        gpus = await self._gpus.most(config.hardware.compute) if config.hardware.family == "gpu" else 0
+        config.require_deployable(gpus=gpus)
         _check_name(config.name)
         build = await self._builder.build(directory, config, fresh=fresh, progress=progress)
         self._state.ensure_app(build.app)
@@ -182,10 +189,11 @@ class Node:
             self._build_of(app), restore_wanted=restore, environment=environment, memory=memory
         )
 
-    def explain_start(self, app: str) -> dict[str, Any]:
+    async def explain_start(self, app: str) -> dict[str, Any]:
         """What a start would do, and why."""
         build = self._build_of(app)
-        reason, checkpoint = self.lifecycle.choose(build, restore_wanted=True)
+        offers = await self.lifecycle.offers(build)
+        reason, checkpoint = self.lifecycle.choose(build, restore_wanted=True, offers=offers)
         return {
             "app": app,
             "build_id": build.build_id,
@@ -272,7 +280,7 @@ class Node:
     async def explain_checkpoint(self, instance_id: str) -> dict[str, Any]:
         """Would a checkpoint of the instance work, how large would it be; nothing is stopped for it."""
         (instance,) = self.lifecycle.find(instance_id)[-1:]
-        return await asyncio.to_thread(self._capturer.explain, self.lifecycle.subject(instance))
+        return await self._capturer.explain(self.lifecycle.subject(instance))
 
     # --- checkpoints ------------------------------------------------------------------------------
 
@@ -305,11 +313,12 @@ class Node:
             "created_at": checkpoint.created_at,
         }
 
-    def checkpoint(self, checkpoint_id: str) -> dict[str, Any]:
+    async def checkpoint(self, checkpoint_id: str) -> dict[str, Any]:
         """``checkpoints inspect``."""
         checkpoint = self._shelf.load(checkpoint_id)
         health = self._shelf.health(checkpoint_id)
-        reasons = platform.differences(checkpoint.platform, self.platform)
+        offers = await self._offers_like(checkpoint)
+        reasons = platform.differences(checkpoint.platform, self.platform, offers)
         if health.quarantined:
             reasons.append(f"quarantined: {health.reason}")
         return self._checkpoint_row(checkpoint) | {
@@ -328,11 +337,23 @@ class Node:
                 "criu": checkpoint.platform.criu,
                 "runc": checkpoint.platform.runc,
                 "cpu": list(checkpoint.platform.cpu),
+                "gpu": list(checkpoint.platform.gpu),
             },
+            "gpu": checkpoint.gpu,
             "failures": health.failures,
             "would_be_used": not reasons,
             "why_not": reasons,
         }
+
+    async def _offers_like(self, checkpoint: Checkpoint) -> platform.Offers:
+        """The GPUs that a copy could get now."""
+        if not checkpoint.gpu:
+            return platform.NO_GPU
+        try:
+            settings = Settings.of(self._builder.load(checkpoint.build_id))
+        except NotFound:
+            return platform.NO_GPU
+        return await self._gpus.offers(settings.compute, settings.gpus)
 
     def verify_checkpoint(self, checkpoint_id: str) -> dict[str, Any]:
         """Read every byte and compare it with what was written. Raises Untrusted or ImageError."""

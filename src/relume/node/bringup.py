@@ -18,6 +18,7 @@ from relume.engine import criulog
 from relume.engine.lazy_pages import DAEMON
 from relume.errors import EngineError, PagerError
 from relume.keeper.instance import Assignment
+from relume.node.gpus import Gpus
 from relume.node.ground import Ground
 from relume.node.instance import Instance
 from relume.node.places import Places
@@ -35,11 +36,19 @@ class BringUp:
     """Brings up instances of one node."""
 
     def __init__(
-        self, places: Places, shelf: Shelf, ground: Ground, *, log_limit: int, pages_lazily: bool
+        self,
+        places: Places,
+        shelf: Shelf,
+        ground: Ground,
+        gpus: Gpus,
+        *,
+        log_limit: int,
+        pages_lazily: bool,
     ) -> None:
         self._places = places
         self._shelf = shelf
         self._ground = ground
+        self._gpus = gpus
         self._log_limit = log_limit
         self._pages_lazily = pages_lazily
 
@@ -79,6 +88,12 @@ class BringUp:
             job = restoration.job(images=places.images, work=places.criu_work, pager=pager)
             coming = asyncio.create_task(instance.keeper.restore(job))
             coming.add_done_callback(_retrieved)
+            if instance.grant is not None:
+                told = await start.unless_called_off(coming)
+                reviving = self._gpus.revive(instance.grant, told["pid"], places.cgroup, checkpoint.gpu)
+                await start.unless_called_off(reviving)
+                instance.gpu_given = True
+                start.trace.mark("gpu")
             # runc returns some time after the app runs: whoever is first, readiness or failure, decides.
             await start.unless_called_off(_first(coming, instance.until_ready(_RESTORE_PATIENCE)))
         except Exception as error:
@@ -181,6 +196,7 @@ class BringUp:
             settings,
             id_base=instance.id_base,
             environment=merged,
+            edits=instance.grant.edits if instance.grant else None,
         )
         instance.port = await instance.keeper.assign(
             Assignment(

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from relume.build import Build
+from relume.checkpoint.device import GpuShare
 from relume.errors import StartFailed
 from relume.keeper.client import Keeper
 from relume.linux import cgroup
+from relume.node.gpus import Grant
 from relume.node.places import InstancePlaces
 from relume.node.settings import Settings
 
@@ -45,6 +47,12 @@ class Instance:
     memory: str = "fresh"
     """How its memory came: "fresh", "paged", or "eager: " and why."""
     paging_failed: str = ""
+    gpu: GpuShare | None = None
+    """The GPUs it has, if any."""
+    grant: Grant | None = None
+    """What bringing it up with them takes; None once adopted."""
+    gpu_given: bool = False
+    """A copy's device memory is back: before that it is not ready, whatever it answers."""
     state: InstanceState = "starting"
     port: int = 0
     started_at: float = dataclasses.field(default_factory=time.time)
@@ -75,6 +83,8 @@ class Instance:
             "deferred": self.deferred,
             "maker": self.maker,
             "port": self.port,
+            "gpu": self.gpu.as_dict() if self.gpu else None,
+            "gpu_given": self.gpu_given,
             "container": dataclasses.asdict(self.keeper.container),
         }
 
