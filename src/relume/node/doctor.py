@@ -328,7 +328,7 @@ async def _gpus() -> list[Finding]:
     return [
         Finding(one.name, True, f"{one.message}; {one.hint}" if one.hint else one.message)
         if one.level in ("ok", "absent")
-        else Finding(one.name, None, one.message, one.hint)
+        else Finding(one.name, None, one.message, one.hint or "see docs/gpu.md")
         for one in found
     ]
 
