@@ -25,7 +25,7 @@ pytestmark = [
 
 WORKERS = 2
 MEGABYTES = 72
-STEPS = 350
+STEPS = 250
 
 
 class Torture:

@@ -19,12 +19,21 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from relume.checkpoint.platform import Platform, differences
+from relume.checkpoint.device import DeviceMemory, GpuShare, record_of
+from relume.checkpoint.platform import NO_GPU, Offers, Platform, differences
 from relume.checkpoint.policy import Situation, SkipReason, skip
 from relume.checkpoint.shelf import Checkpoint, Intent, Shelf, size_of
 from relume.engine import criulog, edit, held, options, preflight
 from relume.engine.jobs import DumpJob, DumpResult
-from relume.errors import NotFound, RelumeError, Unsupported
+from relume.errors import (
+    GpuError,
+    GpuLost,
+    GpuMemory,
+    GpuUnsupported,
+    NotFound,
+    RelumeError,
+    Unsupported,
+)
 from relume.images import integrity, lazy_bytes
 from relume.keeper.client import Keeper
 from relume.linux import cgroup
@@ -59,6 +68,13 @@ class Subject:
     loopback: str
     filesystem: str
     held_limit: int
+    memory_limit: int | None = None
+    gpu: GpuShare | None = None
+
+    @property
+    def offers(self) -> Offers:
+        """Its GPUs, as a platform has them: what a checkpoint of it will need."""
+        return (self.gpu.facts,) if self.gpu else NO_GPU
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,9 +102,13 @@ class Region(Protocol):
 class Capturer:
     """Makes the checkpoints of one node, one at a time for each build; with a region, one in all of it."""
 
-    def __init__(self, shelf: Shelf, platform: Platform, region: Region | None = None) -> None:
+    def __init__(
+        self, shelf: Shelf, platform: Platform, device: DeviceMemory, region: Region | None = None
+    ) -> None:
+        """``platform`` is this machine without its GPUs; those are each instance's own."""
         self._shelf = shelf
         self._platform = platform
+        self._device = device
         self._region = region
         self._in_progress: set[str] = set()
 
@@ -96,11 +116,11 @@ class Capturer:
         """The body of the answer to one request."""
         situation = self._situation(subject)
         if (reason := skip(situation)) is not None:
-            existing = self.usable(subject.build_id)
+            existing = self.usable(subject.build_id, subject.offers)
             return _answer(subject, "skipped", reason, checkpoint_id=existing and existing.checkpoint_id)
         self._in_progress.add(subject.build_id)
         try:
-            if self._region is None:
+            if self._region is None or subject.gpu is not None:  # device memory does not travel
                 return await self._make(subject)
             return await self._make_for(self._region, subject)
         finally:
@@ -124,7 +144,7 @@ class Capturer:
             checkpointing=subject.checkpointing,
             restored=subject.restored,
             deferred=subject.deferred,
-            exists=self.usable(subject.build_id) is not None,
+            exists=self.usable(subject.build_id, subject.offers) is not None,
             in_progress=subject.build_id in self._in_progress,
         )
 
@@ -155,15 +175,15 @@ class Capturer:
             return None
         return _created(subject, checkpoint, seconds=checkpoint.timings["dump_s"])
 
-    def usable(self, build_id: str) -> Checkpoint | None:
-        """The newest checkpoint of the build that fits this machine and is not quarantined."""
+    def usable(self, build_id: str, offers: Offers = NO_GPU) -> Checkpoint | None:
+        """The newest checkpoint of the build that fits this machine, and GPUs offered, and is not quarantined."""
         for checkpoint in reversed(self._shelf.of_build(build_id)):
-            fits = not differences(checkpoint.platform, self._platform)
+            fits = not differences(checkpoint.platform, self._platform, offers)
             if fits and not self._shelf.health(checkpoint.checkpoint_id).quarantined:
                 return checkpoint
         return None
 
-    def why_not(self, build_id: str) -> str:
+    def why_not(self, build_id: str, offers: Offers = NO_GPU) -> str:
         """Why the build has no usable checkpoint, in words."""
         if build_id in self._in_progress:
             return "its checkpoint is still being made"
@@ -174,12 +194,15 @@ class Capturer:
         health = self._shelf.health(newest.checkpoint_id)
         if health.quarantined:
             return f"checkpoint {newest.checkpoint_id} is quarantined: {health.reason}"
-        reasons = differences(newest.platform, self._platform)
+        reasons = differences(newest.platform, self._platform, offers)
         return f"checkpoint {newest.checkpoint_id} does not fit this machine: {'; '.join(reasons)}"
 
-    def explain(self, subject: Subject) -> dict[str, Any]:
-        """What a request of this instance would come to now; blocking, stops nothing."""
-        looked = self._look(subject)
+    async def explain(self, subject: Subject) -> dict[str, Any]:
+        """What a request of this instance would come to now; stops nothing."""
+        looked = await self._look(subject)
+        return await asyncio.to_thread(self._explained, subject, looked)
+
+    def _explained(self, subject: Subject, looked: dict[str, Any] | int) -> dict[str, Any]:
         situation = self._situation(subject)
         return {
             "instance_id": subject.instance_id,
@@ -193,7 +216,7 @@ class Capturer:
     # --- the story --------------------------------------------------------------------------------
 
     async def _make(self, subject: Subject) -> dict[str, Any]:
-        looked = await asyncio.to_thread(self._look, subject)
+        looked = await self._look(subject)
         if isinstance(looked, dict):
             return looked
         for pause in _PAUSES_WHEN_BUSY:
@@ -213,9 +236,12 @@ class Capturer:
         except OSError as error:
             return _broken(subject, error), False
         try:
-            result = await subject.keeper.dump(self._job(subject, intent, directory, expected))
+            result = await self._dump(subject, self._job(subject, intent, directory, expected))
             busy = bool(result.error) and criulog.explain(directory / "work" / "dump.log").kind == "busy"
             return await self._finish(subject, intent, result), busy
+        except GpuLost:
+            self._shelf.abandon(intent.dump_id)
+            raise  # the instance cannot go on
         except (RelumeError, OSError) as error:
             return self._give_up(subject, intent, error), False
         except asyncio.CancelledError:
@@ -224,18 +250,39 @@ class Capturer:
             self._shelf.abandon(intent.dump_id)
             raise
 
-    def _look(self, subject: Subject) -> dict[str, Any] | int:
+    async def _dump(self, subject: Subject, job: DumpJob) -> DumpResult:
+        if subject.gpu is None:
+            return await subject.keeper.dump(job)
+        pids = cgroup.processes(subject.cgroup)
+        return await self._device.around(subject.gpu, pids, Path(job.work), lambda: subject.keeper.dump(job))
+
+    async def _look(self, subject: Subject) -> dict[str, Any] | int:
         """Before anything stops: the bytes to expect, or the answer that says why not."""
+        device_bytes = 0
+        if subject.gpu is not None:
+            try:
+                device_bytes = await self._device.examine(
+                    cgroup.processes(subject.cgroup),
+                    memory_limit=subject.memory_limit,
+                    host_bytes=cgroup.memory(subject.cgroup)[0],
+                    available_bytes=_available_memory(),
+                )
+            except GpuError as error:
+                return _gpu_failed(subject, error)
+        return await asyncio.to_thread(self._look_at_host, subject, device_bytes)
+
+    def _look_at_host(self, subject: Subject, device_bytes: int) -> dict[str, Any] | int:
         pids = cgroup.processes(subject.cgroup)
         culprits = preflight.examine(
             pids,
             rootfs=subject.rootfs,
             upper=subject.upper,
             held_limit=None if subject.filesystem == "all" else subject.held_limit,
+            gpu=subject.gpu is not None,
         )
         if culprits:
             return _unsupported(subject, [dataclasses.asdict(culprit) for culprit in culprits])
-        expected: int = preflight.estimate(pids).total
+        expected: int = preflight.estimate(pids).total + device_bytes
         free = _free(self._shelf)
         if expected + _HEADROOM > free:
             return _answer(
@@ -270,10 +317,11 @@ class Capturer:
             held=str(places["held"]),
             upper=str(subject.upper),
             id_base=subject.id_base,
-            options=options.for_dump(loopback=subject.loopback, action_script=script),
+            options=options.for_dump(loopback=subject.loopback, action_script=script, work=places["work"]),
             held_limit=subject.held_limit,
             everything=subject.filesystem == "all",
             timeout=30 + expected / _SLOWEST_DISK,
+            also=subject.gpu.made if subject.gpu else (),
         )
 
     async def _finish(self, subject: Subject, intent: Intent, result: DumpResult) -> dict[str, Any]:
@@ -309,7 +357,7 @@ class Capturer:
             app=subject.app,
             build_id=subject.build_id,
             instance_id=subject.instance_id,
-            platform=self._platform,
+            platform=dataclasses.replace(self._platform, gpu=subject.offers[0]),
             created_at=time.time(),
             size_bytes=size_of(images) + size_of(directory / "held"),
             needs_network=edited_images.needs_network,
@@ -332,6 +380,7 @@ class Capturer:
             stopped=edit.stopped(images),
             left_behind=dataclasses.asdict(left),
             warnings=list(result.held.get("warnings", ())),
+            gpu=record_of(directory / "work"),
         )
 
     def _failed(self, subject: Subject, directory: Path, result: DumpResult) -> dict[str, Any]:
@@ -371,8 +420,30 @@ def _created(subject: Subject, checkpoint: Checkpoint, *, seconds: float) -> dic
 
 
 def _broken(subject: Subject, error: RelumeError | OSError) -> dict[str, Any]:
+    if isinstance(error, GpuError):
+        return _gpu_failed(subject, error)
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     return _answer(subject, "failed", "insufficient_disk" if full else "engine", message=str(error))
+
+
+def _gpu_failed(subject: Subject, error: GpuError) -> dict[str, Any]:
+    """Nothing was frozen, or all of it runs again."""
+    if isinstance(error, GpuUnsupported):
+        culprits = error.details.get("obstacles") or [{"what": error.message, "hint": error.hint}]
+        return _answer(subject, "failed", Unsupported.code, message=error.message, unsupported=culprits)
+    if isinstance(error, GpuMemory):
+        numbers = error.details
+        return _answer(
+            subject,
+            "failed",
+            "insufficient_memory",
+            message=error.message,
+            hint=error.hint,
+            needed_bytes=numbers["host_bytes"] + numbers["device_bytes"],
+            device_bytes=numbers["device_bytes"],
+            free_bytes=numbers["limit_bytes"],
+        )
+    return _answer(subject, "failed", "gpu", message=error.message, hint=error.hint, code=error.code)
 
 
 def _unsupported(subject: Subject, culprits: list[dict[str, Any]]) -> dict[str, Any]:

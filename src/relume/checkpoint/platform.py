@@ -26,6 +26,13 @@ _DISPATCHED = frozenset(
 )
 
 
+Offers = tuple[tuple[str, ...], ...]
+"""The GPU facts that an instance could have here: one entry for each choice of GPUs it could be given."""
+
+NO_GPU: Offers = ((),)
+"""The one choice of an instance that asks for none."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Platform:
     """``cpu`` is sorted. ``kernel`` and the versions are the strings that the programs print."""
@@ -63,8 +70,11 @@ def cpu_features(source: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     return ()
 
 
-def differences(taken_on: Platform, here: Platform) -> list[str]:
-    """Why an image taken there cannot run here, one reason a line; empty when it can."""
+def differences(taken_on: Platform, here: Platform, offers: Offers | None = None) -> list[str]:
+    """Why an image taken there cannot run here, one reason a line; empty when it can.
+
+    ``offers`` are the GPUs that the instance could get; without, it has those of ``here``.
+    """
     reasons = []
     for field, word in (("arch", "architecture"), ("kernel", "kernel"), ("criu", "CRIU"), ("runc", "runc")):
         then, now = getattr(taken_on, field), getattr(here, field)
@@ -72,8 +82,8 @@ def differences(taken_on: Platform, here: Platform) -> list[str]:
             reasons.append(f"{word}: taken on {then}, here {now}")
     if missing := sorted(set(taken_on.cpu) - set(here.cpu)):
         reasons.append(f"CPU: lacks {', '.join(missing)}")
-    if taken_on.gpu != here.gpu:
-        reasons.append(
-            f"GPU: taken on {' '.join(taken_on.gpu) or 'none'}, here {' '.join(here.gpu) or 'none'}"
-        )
+    offers = (here.gpu,) if offers is None else offers
+    if taken_on.gpu not in offers:
+        have = " or ".join(", ".join(gpu) for gpu in offers)
+        reasons.append(f"GPU: taken on {', '.join(taken_on.gpu) or 'none'}, here {have or 'none'}")
     return reasons

@@ -109,7 +109,7 @@ class Restoration:
         return RestoreJob(
             images=str(images),
             work=str(work),
-            options=options.for_restore(loopback=self.checkpoint.loopback, leave_stopped=stopped),
+            options=options.for_restore(loopback=self.checkpoint.loopback, work=work, leave_stopped=stopped),
             pager=pager,
             needs_network=self.checkpoint.needs_network,
             stopped=stopped,

@@ -57,6 +57,8 @@ class Checkpoint:
     """Pids inside of those that were stopped (SIGSTOP) when it was taken, and must stay so."""
     left_behind: dict[str, Any]
     warnings: list[str]
+    gpu: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The GPUs it was taken on and what was put away of them (relume.checkpoint.device); empty without one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

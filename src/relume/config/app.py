@@ -243,7 +243,7 @@ class Hardware(Table):
         BeforeValidator(_one_as_list),
         AfterValidator(_compute),
         Key(
-            "`deploy` refuses an accelerator where instances can get none",
+            "matched by name to the GPUs of this node; `deploy` refuses what an instance could not get here",
             allowed=f"up to 5 of one family: CPU, {', '.join(ACCELERATORS)}",
         ),
     ] = ("CPU",)

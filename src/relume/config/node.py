@@ -87,6 +87,11 @@ class NodeSettings(Table):
         bool,
         Key("set vm.unprivileged_userfaultfd=1 while the node runs; without it restores read all memory"),
     ] = True
+    cdi_spec_dirs: Annotated[
+        tuple[str, ...],
+        Field(strict=False),
+        Key("folders with CDI files, which name the devices and libraries of GPUs; a later folder wins"),
+    ] = ("/etc/cdi", "/var/run/cdi")
     max_log_bytes: Annotated[
         int,
         Field(ge=4096, le=2**40),

@@ -227,6 +227,7 @@ class Criu:
                 id_base=job.id_base,
                 limit_bytes=job.held_limit,
                 everything=job.everything,
+                also=job.also,
             )
         except BaseException:
             gate.release(ok=False)  # fails the dump, and CRIU lets the tasks go on

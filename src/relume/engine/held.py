@@ -79,13 +79,15 @@ def capture(
     id_base: int,
     limit_bytes: int,
     everything: bool,
+    also: Iterable[str] = (),
 ) -> HeldReport:
     """Copy what ``pids`` (host pids of all processes of one container, frozen) hold of ``upper`` to ``dest``.
 
     ``upper`` is the upper directory of the overlay that is mounted on ``rootfs``; ``dest`` is an empty
     directory. To be called between CRIU's dump and the thaw, while its ``link_remap.*`` names are there.
     ``everything`` copies the whole layer, whiteouts and opaque directories included, so that ``dest`` can
-    serve as a lower layer; ``limit_bytes`` (per file, on disk) then does not apply.
+    serve as a lower layer; ``limit_bytes`` (per file, on disk) then does not apply. ``also`` are paths inside
+    that come along, where the layer has them, though nobody holds them.
 
     Raises Unsupported, with culprits, for a held file over the limit; OSError when the disk is full.
     """
@@ -98,7 +100,9 @@ def capture(
     copier = Copier(source, dest, shift)
     try:
         copier.directory("")
-        for path in [path for path, _ in source.walk()] if everything else _names(source, held, limit_bytes):
+        for path in (
+            [path for path, _ in source.walk()] if everything else _names(source, held, limit_bytes, also)
+        ):
             status = source.stat(path)
             if status is not None:
                 copier.entry(path, status)
@@ -173,7 +177,7 @@ def survey(upper: Path, dest: Path, *, id_base: int) -> LeftBehind:
     )
 
 
-def _names(source: Tree, held: Sequence[Held], limit_bytes: int) -> list[str]:
+def _names(source: Tree, held: Sequence[Held], limit_bytes: int, also: Iterable[str]) -> list[str]:
     """The paths of the layer to copy. Directories above a held file come along where the layer has them."""
     wanted: dict[str, os.stat_result] = {}
     bereft: set[str] = set()  # directories in which a held file lost its name, and those above
@@ -194,6 +198,10 @@ def _names(source: Tree, held: Sequence[Held], limit_bytes: int) -> list[str]:
     wanted |= {
         name: status for name in _link_remaps(source, bereft) if (status := source.stat(name)) is not None
     }
+    for path in (path.strip("/") for path in also):
+        for name in (*_above(path), path):
+            if name not in wanted and (status := source.stat(name)) is not None:
+                wanted[name] = status
     linked = {
         status.st_ino for status in wanted.values() if stat.S_ISREG(status.st_mode) and status.st_nlink > 1
     }

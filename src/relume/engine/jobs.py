@@ -59,6 +59,8 @@ class DumpJob:
     held_limit: int
     everything: bool
     timeout: float
+    also: tuple[str, ...] = ()
+    """Paths inside of files to be copied though nobody holds them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -25,14 +25,20 @@ _DUMP = (
 )
 
 
-def for_dump(*, loopback: str, action_script: Path) -> str:
+def for_dump(*, loopback: str, action_script: Path, work: Path) -> str:
     """``loopback`` is "keep" (connections with both ends inside survive) or "close" (all TCP is closed)."""
-    return _text(*_COMMON, *_DUMP, _tcp(loopback), f"action-script {action_script}")
+    return _text(*_COMMON, *_DUMP, _tcp(loopback), f"action-script {action_script}", _no_plugins(work))
 
 
-def for_restore(*, loopback: str, leave_stopped: bool = False) -> str:
+def for_restore(*, loopback: str, work: Path, leave_stopped: bool = False) -> str:
     """``leave_stopped`` ends the restore before the first instruction, for prepared instances."""
-    return _text(*_COMMON, _tcp(loopback), *(("leave-stopped",) if leave_stopped else ()))
+    return _text(*_COMMON, _tcp(loopback), *(("leave-stopped",) if leave_stopped else ()), _no_plugins(work))
+
+
+def _no_plugins(work: Path) -> str:
+    """CRIU's own CUDA plugin, where it is installed, would do at its moments what relume.gpu does at ours: it is
+    looked for in ``work`` instead, CRIU's folder for logs, where no plugin lies (``criu --help``: libdir)."""
+    return f"libdir {work}"
 
 
 def _tcp(loopback: str) -> str:

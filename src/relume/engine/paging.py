@@ -86,7 +86,11 @@ class PagerProcess:
             self.on_death()
 
     async def close(self) -> None:
-        """End it: one that was never needed, or whose instance is gone."""
+        """End it: one that was never needed, or whose instance is gone, perhaps because of it."""
+        if self._reading is not None and not self._done:
+            # The holder kills first and speaks afterwards: its reason must not be lost with the socket.
+            self._writer.write(b'{"command": "stop"}\n')
+            await asyncio.wait({self._reading}, timeout=1.0)
         self._writer.close()
         try:
             async with asyncio.timeout(2):

@@ -69,6 +69,7 @@ class Instance:
         self._tasks: set[asyncio.Task[None]] = set()
         self._answered = False
         self._held_back = False
+        self._stopped = False
         self.phase = "spare"
         self.ready_at: float | None = None
         self.exit_code: int | None = None
@@ -105,10 +106,13 @@ class Instance:
             await self._engine.warm_up()
             assert self._engine.pager is not None
             self._engine.pager.on_event = self._pager_told
-        self._held_back = job.stopped
+        self._stopped = job.stopped
+        self._held_back = True  # its sockets accept before its processes run: that is not an answer
         told = await self._bring_up(self._engine.restore(job))
         if job.stopped:
             self.phase = "prepared"
+        else:
+            self._let_probe()
         return told
 
     def resume(self, environment: dict[str, str], first_line: str, stopped: list[int]) -> None:
@@ -118,9 +122,14 @@ class Instance:
         self._assignment = dataclasses.replace(self._assignment, environment=environment)
         self._log.write(first_line.encode() + b"\n", RELUME)
         self.phase = "starting"
-        self._held_back = False
         self._engine.resume(stopped)
-        self._spawn(self._watch_readiness())
+        self._let_probe()
+
+    def _let_probe(self) -> None:
+        """CRIU is done (or was never needed): from now on an answer is the app's."""
+        if self._held_back:
+            self._held_back = False
+            self._spawn(self._watch_readiness())
 
     async def _bring_up(self, coming: Any) -> dict[str, Any]:
         self.phase = "starting"
@@ -259,6 +268,8 @@ class Instance:
     def _pager_told(self, event: dict[str, Any]) -> None:
         if event["event"] in ("restored", "replayed"):
             self._engine.timeline[f"pager_{event['event']}"] = time.monotonic()
+        if event["event"] == "restored" and self.phase == "starting" and not self._stopped:
+            self._let_probe()
         self.paging = event
         self._notify({"event": "pager", "told": event})
 

@@ -50,7 +50,8 @@ class Server:
             if not self._path.exists():
                 await self._instance.end()
                 break
-            useless = self._writer is None and self._instance.phase in _USELESS
+            phase = self._instance.phase
+            useless = phase == "exited" or (self._writer is None and phase in _USELESS)
             alone = alone + _LOOK_AROUND if useless else 0.0
             if alone >= _GRACE:
                 break

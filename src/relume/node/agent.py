@@ -22,10 +22,12 @@ from relume.errors import BadRequest, NotFound
 from relume.keeper.instance import read_exit_code
 from relume.node import machine
 from relume.node.bringup import BringUp
+from relume.node.gpus import Gpus
 from relume.node.ground import Ground
 from relume.node.lifecycle import Lifecycle
 from relume.node.places import Places
 from relume.node.secrets import Secrets
+from relume.node.settings import Settings
 from relume.node.spares import Spares
 from relume.node.start import Started
 from relume.node.state import State
@@ -61,7 +63,8 @@ class Node:
         self._ground = Ground(self.places, self._runc)
         self._spares = Spares(self.places, self._ground, self._runc, outgoing=pasta() is not None)
         self._region = self._region_of(config)
-        self._capturer = Capturer(self._shelf, self.platform, self._region)
+        self._gpus = Gpus([Path(folder) for folder in config.node.cdi_spec_dirs])
+        self._capturer = Capturer(self._shelf, self.platform, self._gpus.memory, self._region)
         self.lifecycle = Lifecycle(
             self.places,
             self._state,
@@ -69,11 +72,13 @@ class Node:
             self._capturer,
             self._ground,
             self._spares,
+            gpus=self._gpus,
             build_of=self._build_of,
             bringup=BringUp(
                 self.places,
                 self._shelf,
                 self._ground,
+                self._gpus,
                 log_limit=config.node.max_log_bytes,
                 pages_lazily=self.pages_lazily,
             ),
@@ -156,6 +161,7 @@ class Node:
     async def close(self) -> None:
         """Let go; what runs, runs on."""
         await self.lifecycle.close()
+        await self._gpus.close()
         await self._spares.close()
         self._ground.close()
         if not self.lifecycle.instances:
@@ -191,7 +197,8 @@ class Node:
     ) -> Build:
         """Build the app in ``directory`` and make it what ``start`` starts."""
         config = load_app(directory, config_file=config_file, name=name)
-        config.require_deployable()
+        gpus = await self._gpus.most(config.hardware.compute) if config.hardware.family == "gpu" else 0
+        config.require_deployable(gpus=gpus)
         _check_name(config.name)
         build = await self._builder.build(directory, config, fresh=fresh, progress=progress)
         self._state.ensure_app(build.app)
@@ -207,13 +214,14 @@ class Node:
             self._build_of(app), restore_wanted=restore, environment=environment, memory=memory
         )
 
-    def explain_start(self, app: str) -> dict[str, Any]:
+    async def explain_start(self, app: str) -> dict[str, Any]:
         """What a start would do, and why."""
         build = self._build_of(app)
-        reason, checkpoint = self.lifecycle.choose(build, restore_wanted=True)
+        offers = await self.lifecycle.offers(build)
+        reason, checkpoint = self.lifecycle.choose(build, restore_wanted=True, offers=offers)
         checkpoint_id = checkpoint.checkpoint_id if checkpoint else None
         if checkpoint_id is None and build.checkpointing and self._region is not None:
-            why_not, checkpoint_id = self._region.look(build)
+            why_not, checkpoint_id = await asyncio.to_thread(self._region.look, build)
             reason = None if checkpoint_id else why_not or reason
         return {
             "app": app,
@@ -303,7 +311,7 @@ class Node:
     async def explain_checkpoint(self, instance_id: str) -> dict[str, Any]:
         """Would a checkpoint of the instance work, how large would it be; nothing is stopped for it."""
         (instance,) = self.lifecycle.find(instance_id)[-1:]
-        return await asyncio.to_thread(self._capturer.explain, self.lifecycle.subject(instance))
+        return await self._capturer.explain(self.lifecycle.subject(instance))
 
     # --- checkpoints ------------------------------------------------------------------------------
 
@@ -343,16 +351,17 @@ class Node:
     def _is_published(self, checkpoint_id: str) -> bool:
         return self._region is not None and self._region.published(checkpoint_id) is not None
 
-    def checkpoint(self, checkpoint_id: str) -> dict[str, Any]:
-        """``checkpoints inspect``. Blocking where it lies in the region only."""
+    async def checkpoint(self, checkpoint_id: str) -> dict[str, Any]:
+        """``checkpoints inspect``."""
         try:
             checkpoint = self._shelf.load(checkpoint_id)
         except NotFound:
             if self._region is None:
                 raise
-            return self._region.inspect(checkpoint_id)
+            return await asyncio.to_thread(self._region.inspect, checkpoint_id)
         health = self._shelf.health(checkpoint_id)
-        reasons = platform.differences(checkpoint.platform, self.platform)
+        offers = await self._offers_like(checkpoint)
+        reasons = platform.differences(checkpoint.platform, self.platform, offers)
         if health.quarantined:
             reasons.append(f"quarantined: {health.reason}")
         return self._checkpoint_row(checkpoint) | {
@@ -371,11 +380,23 @@ class Node:
                 "criu": checkpoint.platform.criu,
                 "runc": checkpoint.platform.runc,
                 "cpu": list(checkpoint.platform.cpu),
+                "gpu": list(checkpoint.platform.gpu),
             },
+            "gpu": checkpoint.gpu,
             "failures": health.failures,
             "would_be_used": not reasons,
             "why_not": reasons,
         }
+
+    async def _offers_like(self, checkpoint: Checkpoint) -> platform.Offers:
+        """The GPUs that a copy could get now."""
+        if not checkpoint.gpu:
+            return platform.NO_GPU
+        try:
+            settings = Settings.of(self._builder.load(checkpoint.build_id))
+        except NotFound:
+            return platform.NO_GPU
+        return await self._gpus.offers(settings.compute, settings.gpus)
 
     def verify_checkpoint(self, checkpoint_id: str) -> dict[str, Any]:
         """Read every byte and compare it with what was written. Raises Untrusted or ImageError.

@@ -145,7 +145,7 @@ async def _start(request: web.Request) -> web.StreamResponse:
 
     async def verb(progress: Progress) -> dict[str, Any]:
         if body.get("explain"):
-            return await asyncio.to_thread(node.explain_start, app)
+            return await node.explain_start(app)
         return (
             await node.start(
                 app,
@@ -206,8 +206,7 @@ async def _checkpoints(request: web.Request) -> web.Response:
 
 @routes.get("/v1/checkpoints/{checkpoint}")
 async def _checkpoint(request: web.Request) -> web.Response:
-    node = request.app[NODE]
-    return web.json_response(await asyncio.to_thread(node.checkpoint, request.match_info["checkpoint"]))
+    return web.json_response(await request.app[NODE].checkpoint(request.match_info["checkpoint"]))
 
 
 @routes.post("/v1/checkpoints/{checkpoint}/verify")

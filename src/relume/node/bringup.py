@@ -18,6 +18,7 @@ from relume.engine import criulog
 from relume.engine.lazy_pages import DAEMON
 from relume.errors import EngineError, PagerError, StoreError, Untrusted
 from relume.keeper.instance import Assignment
+from relume.node.gpus import Gpus
 from relume.node.ground import Ground
 from relume.node.instance import Instance
 from relume.node.places import Places
@@ -38,11 +39,19 @@ class BringUp:
     """Brings up instances of one node."""
 
     def __init__(
-        self, places: Places, shelf: Shelf, ground: Ground, *, log_limit: int, pages_lazily: bool
+        self,
+        places: Places,
+        shelf: Shelf,
+        ground: Ground,
+        gpus: Gpus,
+        *,
+        log_limit: int,
+        pages_lazily: bool,
     ) -> None:
         self._places = places
         self._shelf = shelf
         self._ground = ground
+        self._gpus = gpus
         self._log_limit = log_limit
         self._pages_lazily = pages_lazily
         self.region: NodeRegion | None = None
@@ -90,6 +99,12 @@ class BringUp:
             job = restoration.job(images=places.images, work=places.criu_work, pager=pager)
             coming = asyncio.create_task(instance.keeper.restore(job))
             coming.add_done_callback(_retrieved)
+            if instance.grant is not None:
+                told = await start.unless_called_off(coming)
+                reviving = self._gpus.revive(instance.grant, told["pid"], places.cgroup, checkpoint.gpu)
+                await start.unless_called_off(reviving)
+                instance.gpu_given = True
+                start.trace.mark("gpu")
             # runc returns some time after the app runs: whoever is first, readiness or failure, decides.
             await start.unless_called_off(_first(coming, instance.until_ready(_RESTORE_PATIENCE)))
         except Exception as error:
@@ -138,6 +153,10 @@ class BringUp:
             if ADDRESS not in hosts:
                 merged[name] = ",".join([*hosts, ADDRESS])
         return merged
+
+    async def why_paging_failed(self, instance: Instance, checkpoint: Checkpoint) -> Exception:
+        """The error behind an instance that its pager ended: the image's damage, if that is what it was."""
+        return await self._paging_reason(instance, self._restoration(instance, checkpoint))
 
     # --- pieces -----------------------------------------------------------------------------------
 
@@ -192,6 +211,7 @@ class BringUp:
             settings,
             id_base=instance.id_base,
             environment=merged,
+            edits=instance.grant.edits if instance.grant else None,
         )
         instance.port = await instance.keeper.assign(
             Assignment(
@@ -211,17 +231,29 @@ class BringUp:
             )
         )
 
+    async def _hear_the_pager(self, instance: Instance) -> None:
+        """runc's failure may be heard before the pager's, which was its cause."""
+        for _ in range(20):
+            if instance.paging_failed or instance.keeper.lost.is_set():
+                return
+            await asyncio.sleep(0.02)
+
+    async def _paging_reason(self, instance: Instance, restoration: Restoration) -> Exception:
+        try:
+            await asyncio.to_thread(restoration.verify, pages=True)
+        except Exception as damage:
+            return damage
+        return PagerError(instance.paging_failed)
+
     async def _reason(self, instance: Instance, restoration: Restoration, error: Exception) -> Exception:
         """The error that says why a restore failed."""
+        if instance.memory == "paged":
+            await self._hear_the_pager(instance)
         if instance.paging_failed and restoration.fetched is not None:
             kind = Untrusted if instance.wrong_bytes else StoreError
             return kind(instance.paging_failed)
         if instance.paging_failed:
-            try:
-                await asyncio.to_thread(restoration.verify, pages=True)
-            except Exception as damage:
-                return damage
-            return PagerError(instance.paging_failed)
+            return await self._paging_reason(instance, restoration)
         words = criulog.explain(instance.places.criu_work / "restore.log")
         if isinstance(error, EngineError) and words.reason:
             return EngineError(words.reason, hint=error.hint)

@@ -8,6 +8,7 @@ fine (True). Takes 2 s or less; needs no node, and changes no setting.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import dataclasses
 import errno
@@ -79,7 +80,7 @@ def examine(state: Path) -> list[Finding]:
         ("clock", _clock),
         ("build tools", _build_tools),
     ]
-    return [_guarded(name, check) for name, check in checks]
+    return [*(_guarded(name, check) for name, check in checks), *asyncio.run(_gpus())]
 
 
 def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
@@ -316,6 +317,20 @@ def _build_tools() -> Finding:
         return Finding("build tools", True, ", ".join(_BUILD_TOOLS))
     detail = "; ".join(f"no {tool} ({use})" for tool, use in missing.items())
     return Finding("build tools", None, detail, f"apt-get install {' '.join(missing)}")
+
+
+async def _gpus() -> list[Finding]:
+    """What relume.gpu.doctor finds. A GPU that cannot be used is a limit: apps without one run all the same."""
+    from relume.gpu import DriverHelper, doctor
+
+    async with DriverHelper() as helper:
+        found = await doctor.examine(helper)
+    return [
+        Finding(one.name, True, f"{one.message}; {one.hint}" if one.hint else one.message)
+        if one.level in ("ok", "absent")
+        else Finding(one.name, None, one.message, one.hint or "see docs/gpu.md")
+        for one in found
+    ]
 
 
 def _existing(path: Path) -> Path:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from relume.build import Build
 from relume.engine import options
@@ -21,6 +22,9 @@ from relume.node.places import InstancePlaces, Places
 from relume.node.settings import Settings
 from relume.runc import Mount, Runc, Spec
 from relume.sidecar import ADDRESS
+
+if TYPE_CHECKING:
+    from relume.gpu.cdi import OciEdits
 
 _HOSTS = "127.0.0.1\tlocalhost {name}\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 _RESOLVERS = (Path("/run/systemd/resolve/resolv.conf"), Path("/etc/resolv.conf"))
@@ -84,8 +88,9 @@ class Ground:
         *,
         id_base: int,
         environment: Mapping[str, str],
+        edits: OciEdits | None = None,
     ) -> None:
-        """Write ``config.json`` and the files it mounts."""
+        """Write ``config.json``, with the ``edits`` for its GPUs, and the files it mounts."""
         persistent = places.runtime / "persistent"
         kept = self._places.persistent(build.app)
         kept.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -113,7 +118,12 @@ class Ground:
         )
         config = places.bundle / "config.json"
         config.touch(mode=0o600)
-        config.write_text(json.dumps(spec.as_dict()))
+        content = spec.as_dict()
+        if edits is not None:
+            from relume.gpu import cdi
+
+            content = cdi.apply(content, edits)
+        config.write_text(json.dumps(content))
 
     def _file(self, places: InstancePlaces, inside: str, content: str) -> Mount:
         path = places.runtime / Path(inside).name

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from relume.build import Build
+from relume.checkpoint.device import GpuShare
 from relume.errors import StartFailed
 from relume.keeper.client import Keeper
 from relume.linux import cgroup
+from relume.node.gpus import Grant
 from relume.node.places import InstancePlaces
 from relume.node.settings import Settings
 
@@ -39,6 +42,8 @@ class Instance:
     """Started by the node only to make a checkpoint."""
     adopted: bool = False
     """Taken over from an earlier run of the node."""
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What its caller gave it, for whoever takes its place; kept in memory only, for it may be secret."""
     memory: str = "fresh"
     """How its memory came: "fresh", "paged", or "eager: " and why."""
     paging_failed: str = ""
@@ -48,6 +53,12 @@ class Instance:
     """Its first answer left; known of restored ones."""
     from_store: dict[str, int] = dataclasses.field(default_factory=dict)
     """``store_bytes`` and ``store_requests`` up to its first answer, for one that came from the region's store."""
+    gpu: GpuShare | None = None
+    """The GPUs it has, if any."""
+    grant: Grant | None = None
+    """What bringing it up with them takes; None once adopted."""
+    gpu_given: bool = False
+    """A copy's device memory is back: before that it is not ready, whatever it answers."""
     state: InstanceState = "starting"
     port: int = 0
     started_at: float = dataclasses.field(default_factory=time.time)
@@ -78,6 +89,8 @@ class Instance:
             "deferred": self.deferred,
             "maker": self.maker,
             "port": self.port,
+            "gpu": self.gpu.as_dict() if self.gpu else None,
+            "gpu_given": self.gpu_given,
             "container": dataclasses.asdict(self.keeper.container),
         }
 

@@ -7,6 +7,9 @@
 Guarantees: a failed restore costs the caller time, never the start; an instance that is returned is ready; one
 that is gone has left its log and nothing else. Nobody waits for a new checkpoint after a failed restore: a
 replacement is made from an extra instance in the background, at most twice for a build.
+
+A start that is under way owns its instance, and clears it up if it fails; from its readiness on the instance
+is ended by ``stop``, by its own exit, or by its keeper's death, whoever comes first.
 """
 
 from __future__ import annotations
@@ -24,22 +27,26 @@ from typing import TYPE_CHECKING, Any
 
 from relume.build import Build
 from relume.checkpoint.capture import Capturer, Subject
-from relume.checkpoint.shelf import Checkpoint, Shelf
+from relume.checkpoint.device import GpuShare
+from relume.checkpoint.platform import NO_GPU, Offers
+from relume.checkpoint.shelf import Checkpoint, Intent, Shelf
 from relume.engine.jobs import Container
 from relume.errors import (
     BuildError,
     EngineError,
+    GpuLost,
+    GpuUnavailable,
     ImageError,
     NotFound,
-    PagerError,
     RelumeError,
     StartFailed,
     StoreError,
     Untrusted,
 )
 from relume.keeper.client import Keeper
-from relume.linux import process
+from relume.linux import cgroup, process
 from relume.node.bringup import BringUp
+from relume.node.gpus import Gpus
 from relume.node.ground import Ground
 from relume.node.instance import Instance, InstanceState
 from relume.node.places import Places
@@ -80,6 +87,7 @@ class Lifecycle:
         spares: Spares,
         *,
         bringup: BringUp,
+        gpus: Gpus,
         build_of: Callable[[str], Build],
     ) -> None:
         self._places = places
@@ -89,6 +97,7 @@ class Lifecycle:
         self._ground = ground
         self._spares = spares
         self.bringup = bringup
+        self._gpus = gpus
         self._build_of = build_of
         self.prepared = Prepared(
             current=self._to_prepare,
@@ -118,7 +127,8 @@ class Lifecycle:
         """
         with self._started(Start(build, environment or {})) as start:
             trace = start.trace
-            reason, checkpoint = self.choose(build, restore_wanted=restore_wanted)
+            offers = await self.offers(build)
+            reason, checkpoint = self.choose(build, restore_wanted=restore_wanted, offers=offers)
             trace.mark("lookup")
             self.prepared.want(build.app)
             if checkpoint is not None and memory == "paged":
@@ -126,7 +136,8 @@ class Lifecycle:
                 if taken is not None:
                     return Started(taken, None, trace.elapsed, trace.stages, "prepared")
             copy = None
-            if checkpoint is None and self.region is not None and restore_wanted and build.checkpointing:
+            wanted = restore_wanted and build.checkpointing and offers == NO_GPU
+            if checkpoint is None and self.region is not None and wanted:
                 why_not, copy = await self.region.find(build)
                 reason = why_not or reason
                 checkpoint = copy.checkpoint if copy is not None else None
@@ -155,22 +166,30 @@ class Lifecycle:
             self._starts.discard(start)
             start.over.set()
 
-    def choose(self, build: Build, *, restore_wanted: bool) -> tuple[str | None, Checkpoint | None]:
+    async def offers(self, build: Build) -> Offers:
+        """The GPUs that a start of ``build`` could get now."""
+        settings = Settings.of(build)
+        return await self._gpus.offers(settings.compute, settings.gpus)
+
+    def choose(
+        self, build: Build, *, restore_wanted: bool, offers: Offers = NO_GPU
+    ) -> tuple[str | None, Checkpoint | None]:
         """The checkpoint to start from, or the reason why none is."""
         if not build.checkpointing:
             return "checkpointing is off for this build", None
         if not restore_wanted:
             return "a cold start was asked for", None
-        checkpoint = self._capturer.usable(build.build_id)
+        checkpoint = self._capturer.usable(build.build_id, offers)
         if checkpoint is not None:
             return None, checkpoint
-        return self._capturer.why_not(build.build_id), None
+        return self._capturer.why_not(build.build_id, offers), None
 
     async def _boot(self, start: Start, *, deferred: bool, maker: bool = False) -> Instance:
         build = start.build
         instance = self._new(start, None, deferred=deferred, maker=maker)
         try:
             await self._spares.bring_up(instance.keeper)
+            await self._give_gpus(instance)
             start.proceed()
             await self.bringup.boot(instance, start)
         except Exception as error:
@@ -193,6 +212,7 @@ class Lifecycle:
         if instance is None:
             return None
         instance.start = start
+        instance.environment = start.environment
         instance.state = "starting"
         instance.started_at = time.time()
         try:
@@ -230,6 +250,7 @@ class Lifecycle:
             self._copies[instance.instance_id] = copy
         try:
             await self._spares.bring_up(instance.keeper)
+            await self._give_gpus(instance, checkpoint)
             start.proceed()
             self._keep(await self.bringup.restore(instance, checkpoint, start, memory, copy))
         except Exception:
@@ -267,6 +288,7 @@ class Lifecycle:
             checkpoint_id=checkpoint_id,
             deferred=deferred,
             maker=maker,
+            environment=start.environment,
             start=start,
         )
         self.instances[instance_id] = instance
@@ -280,6 +302,17 @@ class Lifecycle:
             await self._terminate(instance)
         await self._discard(instance, "failed")
 
+    async def _give_gpus(self, instance: Instance, checkpoint: Checkpoint | None = None) -> None:
+        """The GPUs that it asks for, if it does. Raises GpuUnavailable."""
+        settings = instance.settings
+        if settings.gpus:
+            record = checkpoint.gpu if checkpoint else None
+            instance.grant = await self._gpus.give(
+                instance.instance_id, settings.compute, settings.gpus, record
+            )
+            instance.gpu = instance.grant.share
+            self._save(instance)
+
     def _brought_up(self, instance: Instance) -> None:
         """From now on its end is not a start's matter."""
         instance.start = None
@@ -290,6 +323,8 @@ class Lifecycle:
         start.trace.merge(instance.timeline)
         start.trace.mark("ready")
         self._brought_up(instance)
+        if instance.gpu_given:
+            self._save(instance)
         if instance.settings.trigger == "ready" and not instance.restored:
             self.spawn(self._checkpoint_at_ready(instance))
 
@@ -299,8 +334,8 @@ class Lifecycle:
             build = self._build_of(app)
         except NotFound:
             return None
-        if not build.config["relume"]["checkpoint"]["prepared"]:
-            return None
+        if not build.config["relume"]["checkpoint"]["prepared"] or Settings.of(build).gpus:
+            return None  # one that is stopped cannot hold device memory: the driver needs it running
         _, checkpoint = self.choose(build, restore_wanted=True)
         return None if checkpoint is None else (build, checkpoint)
 
@@ -333,6 +368,8 @@ class Lifecycle:
         """Count it against the checkpoint, replace that in the background if it was the last; returns why."""
         damaged = isinstance(error, Untrusted | ImageError)
         message = error.message if isinstance(error, RelumeError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, GpuUnavailable):
+            return message  # taken by another, or its helper died: nothing against the checkpoint
         if not isinstance(error, RelumeError | OSError):
             log.error("restore of %s", checkpoint_id, exc_info=error)
         health = self._shelf.restore_failed(checkpoint_id, message, damaged=damaged)
@@ -360,7 +397,8 @@ class Lifecycle:
     async def _made(self, instance: Instance) -> None:
         """Wait until the extra instance has had its checkpoint, or for as long as a boot may take."""
         deadline = time.monotonic() + instance.settings.boot_timeout
-        while self._capturer.usable(instance.build.build_id) is None and time.monotonic() < deadline:
+        offers = self.subject(instance).offers
+        while self._capturer.usable(instance.build.build_id, offers) is None and time.monotonic() < deadline:
             if instance.ended.is_set():
                 return
             await asyncio.sleep(0.2)
@@ -431,9 +469,18 @@ class Lifecycle:
             kind = Untrusted if instance.wrong_bytes else StoreError
             await self._copy_failed(copy, instance.build, kind(instance.paging_failed))
         else:
-            self._count_failure(instance.checkpoint_id, instance.build, PagerError(instance.paging_failed))
-        started = await self.start(instance.build)
+            await self._count_paging_failure(instance)
+        started = await self.start(instance.build, environment=instance.environment)
         log.warning("%s takes the place of %s", started.instance.instance_id, instance.instance_id)
+
+    async def _count_paging_failure(self, instance: Instance) -> None:
+        assert instance.checkpoint_id is not None
+        try:
+            checkpoint = self._shelf.load(instance.checkpoint_id)
+        except NotFound:
+            return  # removed meanwhile: there is nothing to count against
+        error = await self.bringup.why_paging_failed(instance, checkpoint)
+        self._count_failure(checkpoint.checkpoint_id, instance.build, error)
 
     async def _answer_request(self, instance: Instance, request: int) -> None:
         body = await self._checkpoint(instance)
@@ -443,9 +490,21 @@ class Lifecycle:
     async def _checkpoint(self, instance: Instance) -> dict[str, Any]:
         try:
             return await self._capturer.request(self.subject(instance))
+        except GpuLost as error:
+            self.spawn(self._lost(instance, error))
+            return {"status": "failed", "reason": "gpu", "checkpoint_id": None, "message": error.message}
         except Exception as error:
             log.exception("checkpoint of %s", instance.instance_id)
             return {"status": "failed", "reason": "engine", "checkpoint_id": None, "message": str(error)}
+
+    async def _lost(self, instance: Instance, error: GpuLost) -> None:
+        """The driver cannot bring it back: end it, and put another in its place, which does not try again."""
+        log.error("%s has lost its GPU: %s", instance.instance_id, error.message)
+        await self._discard(instance, "failed")
+        if not instance.maker:
+            with self._started(Start(instance.build, instance.environment)) as start:
+                other = await self._boot(start, deferred=True)
+            log.warning("%s takes the place of %s", other.instance_id, instance.instance_id)
 
     async def _checkpoint_at_ready(self, instance: Instance) -> None:
         await self._note_checkpoint(instance, await self._checkpoint(instance))
@@ -472,6 +531,8 @@ class Lifecycle:
             loopback=settings.loopback,
             filesystem=settings.filesystem,
             held_limit=settings.held_limit,
+            memory_limit=settings.limits.memory,
+            gpu=instance.gpu,
         )
 
     async def _watch_keeper(self, instance: Instance) -> None:
@@ -509,6 +570,7 @@ class Lifecycle:
             instance.state = "exited" if instance.state == "stopping" else state
             self._state.end_instance(instance.instance_id, instance.state, instance.exit_code)
             del self.instances[instance.instance_id]
+            self._gpus.take_back(instance.instance_id)
             instance.gone.set()
         self.prune(instance.build.app, _KEEP_ENDED)
 
@@ -584,7 +646,9 @@ class Lifecycle:
             log.info("%s was not there any more: %s", row["instance_id"], error)
             await keeper.close()
             return False
-        if told["phase"] not in ("starting", "ready"):  # a prepared one is made anew
+        share = GpuShare.from_dict(facts["gpu"]) if facts.get("gpu") else None
+        half_made = share is not None and facts["restored"] and not facts["gpu_given"]
+        if told["phase"] not in ("starting", "ready") or half_made:  # a prepared one is made anew
             await keeper.end()
             await keeper.close()
             return False
@@ -602,7 +666,11 @@ class Lifecycle:
             port=told["port"],
             started_at=row["started_at"],
             adopted=True,
+            gpu=share,
+            gpu_given=facts.get("gpu_given", False),
         )
+        if share is not None:
+            self._gpus.hold(instance.instance_id, share)
         if told["ready_at"] is not None:
             instance.state = "ready"
             instance.ready.set()
@@ -630,26 +698,41 @@ class Lifecycle:
             await self.stop(instance)
 
     async def _catch_up(self, instance: Instance, told: dict[str, Any]) -> bool:
-        """Answer what waits: a dump that was going on first. Returns whether there was one that came to an end."""
-        answer = await self._unfinished(instance, told["dump"])
-        begun = told["dump"]["requests"] if told["dump"] else []
+        """Answer what waits: a dump that was going on first. Returns whether the instance has its checkpoint."""
+        dump = told["dump"]
+        resumed = await self._resume(instance)
+        answer = resumed or (dump and self._capturer.unsaid(self.subject(instance), dump["dump_id"]))
+        # Who asks while a dump goes on is told so; of those who wait, only one that asked before it is its cause.
+        causes = dump["requests"] if dump else told["requests"]
         for request in told["requests"]:
-            if answer is not None and request in begun:
+            if answer and request in causes:
                 await instance.keeper.answer(request, 200, answer)
-                begun = []  # who asked while it went on was told so, or asks anew
+                causes = []
             else:
                 await self._answer_request(instance, request)
-        if answer is not None and instance.settings.trigger == "ready":
-            await self._note_checkpoint(instance, answer)
-        return answer is not None
+        if resumed and instance.settings.trigger == "ready":
+            await self._note_checkpoint(instance, resumed)
+        return bool(answer)
 
-    async def _unfinished(self, instance: Instance, dump: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The answer of a checkpoint that an earlier run of this node began or did not come to tell of."""
-        subject = self.subject(instance)
-        for intent in self._shelf.unfinished():
-            if intent.instance_id == instance.instance_id:
-                return await self._capturer.resume(subject, intent)
-        return self._capturer.unsaid(subject, dump["dump_id"]) if dump is not None else None
+    async def _resume(self, instance: Instance) -> dict[str, Any] | None:
+        """The answer of a checkpoint that an earlier run of this node began."""
+        unfinished = [one for one in self._shelf.unfinished() if one.instance_id == instance.instance_id]
+        if instance.gpu is not None:
+            await self._give_back(instance, unfinished)
+        for intent in unfinished:
+            return await self._capturer.resume(self.subject(instance), intent)
+        return None
+
+    async def _give_back(self, instance: Instance, unfinished: list[Intent]) -> None:
+        """An earlier run of this node may have ended with the device memory put away: undo it after the dump."""
+        try:
+            for intent in unfinished:
+                await instance.keeper.dumped(intent.dump_id)
+            await self._gpus.memory.recover(cgroup.processes(instance.places.cgroup))
+        except GpuLost as error:
+            self.spawn(self._lost(instance, error))
+        except RelumeError as error:
+            log.error("the GPU of %s cannot be looked at: %s", instance.instance_id, error.message)
 
     # --- the rest ---------------------------------------------------------------------------------
 

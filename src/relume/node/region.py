@@ -152,7 +152,7 @@ class NodeRegion:
             if entry.complete:
                 self._link(entry.directory)
         for checkpoint in self._shelf.all():
-            if self.published(checkpoint.checkpoint_id) is None and self._is_own(checkpoint.checkpoint_id):
+            if self._is_own(checkpoint.checkpoint_id) and self.published(checkpoint.checkpoint_id) is None:
                 self.publish(checkpoint.checkpoint_id, None, contextlib.ExitStack())
         if self._prefetching:
             self.spawn(self._watch())
@@ -223,6 +223,8 @@ class NodeRegion:
         directory = self._shelf.directory(checkpoint_id)
         if self._shelf.health(checkpoint_id).quarantined:
             raise BadRequest("it is quarantined")
+        if checkpoint.platform.gpu:
+            raise BadRequest("it has device memory, which does not travel")
         if lease is None:
             self._publish_without_lease(checkpoint, directory)
             return

@@ -25,6 +25,9 @@ class Settings:
     prepared: int
     prepared_fill: str
     prepared_max_age: float
+    compute: tuple[str, ...] = ("CPU",)
+    gpus: int = 0
+    """GPUs of one model that ``compute`` names; 0 for an app without."""
 
     @classmethod
     def of(cls, build: Build) -> Settings:
@@ -43,4 +46,6 @@ class Settings:
             prepared=policy["prepared"],
             prepared_fill=policy["prepared_fill"],
             prepared_max_age=float(policy["prepared_max_age_s"]),
+            compute=tuple(hardware["compute"]),
+            gpus=0 if "CPU" in hardware["compute"] else hardware["gpu_count"],
         )

@@ -24,7 +24,7 @@ _PATIENCE = 2.0
 class Spares:
     """Holds ``count`` connected keepers without an app; a taken one is replaced in the background."""
 
-    def __init__(self, places: Places, ground: Ground, runc: Runc, *, outgoing: bool, count: int = 1) -> None:
+    def __init__(self, places: Places, ground: Ground, runc: Runc, *, outgoing: bool, count: int = 2) -> None:
         self._places = places
         self._ground = ground
         self._runc = runc

@@ -14,6 +14,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import socket
 import sys
 import threading
@@ -33,6 +34,7 @@ _SWITCH_SECONDS = 0.0005
 def main(arguments: list[str]) -> int:
     """Runs the form that ``arguments`` ask for; returns the exit status."""
     gc.freeze()
+    _prepare_limits()
     sys.setswitchinterval(_SWITCH_SECONDS)
     if arguments[:1] == ["lazy-pages"]:
         return _like_criu(arguments[1:])
@@ -64,6 +66,16 @@ def main(arguments: list[str]) -> int:
             emit({"event": "failed", "reason": told, "untrusted": told != reason})
 
     return hold(serve, report)
+
+
+def _prepare_limits() -> None:
+    """A descriptor for each forked process. And not the first to die when memory runs out: the instance goes too."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        Path("/proc/self/oom_score_adj").write_text("-900")
+    except OSError:
+        pass  # needs CAP_SYS_RESOURCE; the holder acts if it comes to that
 
 
 def _like_criu(arguments: list[str]) -> int:

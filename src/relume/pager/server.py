@@ -249,8 +249,7 @@ class Pager:
         if self._replay:
             self._replay.all_named = True
         self._emit("restored", lazy_bytes=sum(space.pending.total for space in self._spaces))
-        if not self._job.await_answer:
-            self._recording = self._job.record is not None
+        if self._answered or not self._job.await_answer:
             self._first_answer()
 
     # --- faults -----------------------------------------------------------------------------------
@@ -313,7 +312,9 @@ class Pager:
         if not self._answered:
             self._answered = True
             self._emit("answered")
-        if self._recording and self._restored_at is not None:
+        if self._restored_at is None:
+            return  # heard of it before CRIU's last word; _restored comes back to it
+        if self._recording:
             self._recording = False
             if self._job.record:
                 self._record(time.monotonic() - self._restored_at)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import shutil
 import signal
@@ -27,6 +28,18 @@ def processes(relume: Relume, instance: str) -> list[int]:
     return cgroup.processes(f"/relume/{node_id(relume)}/{instance}")
 
 
+def state_of(relume: Relume, app: App, checkpoint: str) -> str:
+    return next(row["state"] for row in relume.checkpoints(app.name) if row["checkpoint_id"] == checkpoint)
+
+
+def flip_a_bit(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        (byte,) = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
 BIG = "ballast = bytearray(os.urandom(1 << 20) * 400)\n"
 
 POST_IN_THREAD = """
@@ -43,19 +56,15 @@ def test_damaged_image_boots_cold_and_is_replaced_in_the_background(relume: Relu
     relume.start(app.name)
     (checkpoint,) = relume.checkpoints(app.name)
     pages = next((relume.state / "checkpoints" / checkpoint["checkpoint_id"] / "images").glob("pages-*.img"))
-    with pages.open("r+b") as file:
-        file.seek(pages.stat().st_size // 2)
-        byte = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte[0] ^ 1]))
+    for offset in range(0, pages.stat().st_size, 1 << 20):  # whatever is asked for first is damaged
+        flip_a_bit(pages, offset)
 
     started = relume.start(app.name)
     assert not started["restored"]
     assert "restore failed" in started["reason"]
     answer = relume.answer_of_post(started["instance_id"])
     assert (answer["status"], answer["reason"]) == ("skipped", "deferred"), "nobody waits for a new one"
-    states = {row["checkpoint_id"]: row["state"] for row in relume.checkpoints(app.name)}
-    assert states[checkpoint["checkpoint_id"]] == "quarantined"
+    assert state_of(relume, app, checkpoint["checkpoint_id"]) == "quarantined"
     until(lambda: "ready" in [row["state"] for row in relume.checkpoints(app.name)], what="no replacement")
     until(
         lambda: len([row for row in relume.ps(app.name) if row["state"] == "ready"]) == 2,
@@ -65,6 +74,42 @@ def test_damaged_image_boots_cold_and_is_replaced_in_the_background(relume: Relu
     with pytest.raises(Failed) as verified:
         relume.json("checkpoints", "verify", checkpoint["checkpoint_id"])
     assert verified.value.error["code"] == "untrusted"
+
+
+def test_damage_found_late_ends_the_copy_and_another_takes_its_place(relume: Relume, app: App) -> None:
+    app.write(
+        f"""
+ballast = bytearray(os.urandom(1 << 20) * 64)
+ACTIONS["sum"] = lambda _: sum(ballast)
+{SNIPPET}
+serve()
+"""
+    )
+    relume.deploy(app.directory)
+    first = relume.start(app.name)
+    right = get(first, "/sum")
+    (checkpoint,) = relume.checkpoints(app.name)
+    pages = next((relume.state / "checkpoints" / checkpoint["checkpoint_id"] / "images").glob("pages-*.img"))
+    flip_a_bit(pages, pages.stat().st_size // 2)
+    copy = relume.start(app.name, "--env", "COLOUR=blue")
+    assert copy["restored"], "the damage is not in what a start needs"
+    with contextlib.suppress(OSError):
+        assert get(copy, "/sum") == right, "a wrong byte was read"
+    until(
+        lambda: (
+            {row["instance_id"]: row["state"] for row in relume.ps(app.name)}[copy["instance_id"]] != "ready"
+        )
+    )
+    until(lambda: state_of(relume, app, checkpoint["checkpoint_id"]) == "quarantined", what="still in use")
+
+    def successor() -> list[dict[str, object]]:
+        known = (first["instance_id"], copy["instance_id"])
+        return [
+            row for row in relume.ps(app.name) if row["state"] == "ready" and row["instance_id"] not in known
+        ]
+
+    (successor_row,) = until(successor, what="nobody took its place")[:1]
+    assert get(dict(successor_row), "/env")["COLOUR"] == "blue"
 
 
 def test_images_removed_by_hand(relume: Relume, app: App) -> None:
@@ -314,7 +359,8 @@ serve()
     relume.deploy(app.directory)
     first = relume.start(app.name)
     assert relume.answer_of_post(first["instance_id"])["status"] == "created"
-    assert relume.start(app.name)["restored"]
+    copy = relume.start(app.name)
+    assert copy["restored"], copy["reason"]
 
 
 def test_knocking_at_the_port_during_the_dump(relume: Relume, app: App) -> None:

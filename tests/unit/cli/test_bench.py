@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.server
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,6 +139,7 @@ class TestQuestions:
 
 STAGES = {
     "lookup": 0.001,
+    "pager_ready": 0.019,
     "runc_started": 0.02,
     "namespaces": 0.06,
     "network": 0.065,
@@ -152,7 +155,11 @@ class TestOwnShare:
     def test_ready_before_criu_was_done_costs_nothing_afterwards(self) -> None:
         assert measure.own_share(STAGES | {"ready": 0.09}) == pytest.approx(0.025)
 
-    def test_is_unknown_where_nobody_saw_criu_end(self) -> None:
+    def test_a_trace_that_ends_before_criu_does_has_nothing_after_it(self) -> None:
+        early = {name: at for name, at in STAGES.items() if name != "pager_restored"} | {"ready": 0.08}
+        assert measure.own_share(early) == pytest.approx(0.025)
+
+    def test_is_unknown_without_our_pager(self) -> None:
         assert measure.own_share({"runc_started": 0.02, "ready": 0.1}) is None
 
 
@@ -202,3 +209,12 @@ class TestReport:
         assert report.markdown_clones(CLONES)[-1] == (
             "| `tiny` | learned | 8 | 500 ms | 400 MB | 420 MB | 450 MB |"
         )
+
+
+def test_the_pages_show_what_was_measured() -> None:
+    root = Path(__file__).parents[3]
+    assert list((root / "bench/results").glob("*.json"))
+    done = subprocess.run(
+        [sys.executable, root / "bench/render.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

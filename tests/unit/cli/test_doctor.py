@@ -30,7 +30,9 @@ def program(path: Path, text: str, status: int = 0) -> Path:
 def test_this_machine(tmp_path: Path) -> None:
     """Whatever it has or lacks: every finding is whole, and none of the trials leaves a trace."""
     findings = examine(tmp_path / "state")
-    assert len({finding.name for finding in findings}) == len(findings) == 18
+    names = [finding.name for finding in findings if not finding.name.startswith("gpu")]
+    assert len(set(names)) == len(names) == 18
+    assert any(finding.name == "gpu" for finding in findings)
     for finding in findings:
         assert finding.detail
         assert bool(finding.remedy) == (finding.ok is not True), finding
@@ -129,3 +131,12 @@ def test_the_command(
     assert ran.out.splitlines()[0] == "✓ disk  much"
     assert ("        install it" in ran.out.splitlines()) is (ok is not True)
     assert relume("doctor", "-o", "json").json[1]["ok"] is ok
+
+
+def test_no_gpu_is_nothing_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries that are none: the helper finds no GPU, whatever this machine has."""
+    for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
+        (tmp_path / name).touch()
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    finding = found("gpu", tmp_path)
+    assert finding.ok is True and finding.detail.startswith("no NVIDIA GPU")

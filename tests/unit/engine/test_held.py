@@ -177,3 +177,29 @@ def test_a_walk_survives_what_goes_away(tmp_path: Path) -> None:
         assert seen == ["a", "a/file", "b", "c", "c/file"]
     finally:
         tree.close()
+
+
+def test_what_nobody_holds_comes_along_when_it_is_named(tmp_path: Path) -> None:
+    """Links that a hook made at the boot, in directories that are only there for them."""
+    upper, dest = tmp_path / "upper", tmp_path / "dest"
+    (upper / "usr/lib").mkdir(parents=True)
+    (upper / "usr/lib/libcuda.so").symlink_to("libcuda.so.1")
+    (upper / "usr/lib/other").write_text("not named")
+    dest.mkdir()
+    report = held.capture(
+        [],
+        upper=upper,
+        rootfs=Path("/"),
+        dest=dest,
+        id_base=os.getuid(),
+        limit_bytes=0,
+        everything=False,
+        also=["/usr/lib/libcuda.so", "/etc/ld.so.cache"],
+    )
+    assert [str(path.relative_to(dest)) for path in sorted(dest.rglob("*"))] == [
+        "usr",
+        "usr/lib",
+        "usr/lib/libcuda.so",
+    ]
+    assert (dest / "usr/lib/libcuda.so").readlink() == Path("libcuda.so.1")
+    assert report.files == 0

@@ -244,15 +244,14 @@ def _one(node: OwnNode, series: Series) -> None:
 def own_share(stages: Mapping[str, float]) -> float | None:
     """Seconds of a paged start that are neither runc's nor CRIU's.
 
-    That is: up to the moment runc is started, our hook while runc waits for it, and from the moment CRIU was
-    done until the node says "ready". None where nobody saw when CRIU was done.
+    That is: up to the moment runc is started, our hook while runc waits for it, and what passes between CRIU's
+    end and "ready". A restored port accepts before CRIU is done; then nothing comes after. None for a start
+    without our pager, since nobody else says when CRIU is done.
     """
-    if not all(
-        name in stages for name in ("runc_started", "namespaces", "network", "pager_restored", "ready")
-    ):
+    if not {"pager_ready", "runc_started", "namespaces", "network", "ready"} <= stages.keys():
         return None
     hook = stages["network"] - stages["namespaces"]
-    after = max(0.0, stages["ready"] - stages["pager_restored"])
+    after = stages["ready"] - min(stages["ready"], stages.get("pager_restored", stages["ready"]))
     return round(stages["runc_started"] + hook + after, 4)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
+from relume.cli.benchmark.measure import own_share
+
 Row = dict[str, Any]
 
 _WIDTH = 40
@@ -120,7 +122,7 @@ def markdown_clones(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown_freeze(rows: Sequence[Row]) -> list[str]:
-    """A table of what the freeze consists of, one line a workload."""
+    """A table of what the freeze consists of, one line a workload; per GB from half a GB on."""
     lines = [
         "| workload | image | frozen | per GB | writing pages | held files | after the thaw: edits, hashes |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -128,12 +130,30 @@ def markdown_freeze(rows: Sequence[Row]) -> list[str]:
     for workload, group in groupby((row for row in rows if "freeze" in row), key=lambda row: row["workload"]):
         row = next(iter(group))
         freeze, gigabytes = row["freeze"], row["image_bytes"] / 1e9
+        # What a freeze costs whatever the size, some 0.1 s, would be most of it in a small one.
+        per_gigabyte = f"{freeze['frozen_s'] / gigabytes:.2f} s" if gigabytes >= 0.5 else "-"
         after = f"{time(freeze['edit_s'])}, {time(freeze['hash_s'])}"
         lines.append(
             f"| `{workload}` | {mega(row['image_bytes'])} | {time(freeze['frozen_s'])} "
-            f"| {freeze['frozen_s'] / gigabytes:.2f} s | {time(freeze['memwrite_s'])} "
+            f"| {per_gigabyte} | {time(freeze['memwrite_s'])} "
             f"| {time(freeze['held_files_s'])} | {after} |"
         )
+    return lines
+
+
+def markdown_stages(rows: Sequence[Row]) -> list[str]:
+    """A table of when each stage of a learned start was over, page cache warm; our own share at the end."""
+    chosen = [row for row in rows if row["way"] == "learned" and row["cache"] == "warm" and "stages" in row]
+    names = list(dict.fromkeys(name for row in chosen for name in row["stages"]))
+    lines = [
+        f"| workload | {' | '.join(f'`{name}`' for name in names)} | first answer | our own |",
+        f"|---|{'--:|' * (len(names) + 2)}",
+    ]
+    for row in chosen:
+        cells = [time(row["stages"][name]) if name in row["stages"] else "-" for name in names]
+        own = own_share(row["stages"])
+        cells += [time(row["first_answer_s"]), "-" if own is None else time(own)]
+        lines.append(f"| `{row['workload']}` | {' | '.join(cells)} |")
     return lines
 
 
