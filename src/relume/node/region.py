@@ -327,8 +327,7 @@ class NodeRegion:
         try:
             checkpoint = _checkpoint_of(fetched, build)
             _settle(fetched.directory)
-            if fetched.pages.working_set is not None and not fetched.complete:
-                _lay_working_set(fetched)
+            self._lay_working_set(fetched)
         except BaseException:
             fetched.close()
             raise
@@ -393,8 +392,7 @@ class NodeRegion:
             if self._starts.fill(copy.fetched):
                 self._link(copy.directory)
                 log.info("%s is whole on this node", name.id)
-                if copy.fetched.pages.working_set is None:
-                    self._publish_learned(copy.fetched.manifest, copy.directory)
+                self._publish_learned(copy.fetched.manifest, copy.directory)
         except Untrusted as error:
             self._refuse(name, error.message)
         except (RelumeError, OSError) as error:
@@ -426,6 +424,21 @@ class NodeRegion:
         log.warning("%s is quarantined here: %s", name.id, reason)
         self._refused[name.id] = reason
         self._region.cache.evict(name.id)
+
+    def _lay_working_set(self, fetched: Fetched) -> None:
+        """What the region learned, as the pager reads it; what this node learned since is kept."""
+        file = fetched.directory / "working-set"
+        if file.exists() or fetched.pages.working_set is None:
+            return
+        sizes = _image_sizes(fetched.images)
+        pieces = tuple(
+            Piece(number, run.first * PAGE_SIZE, run.pages * PAGE_SIZE)
+            for run in fetched.pages.working_set
+            if (number := _pages_id(run.stream)) in sizes
+        )
+        learned = WorkingSet(sizes, pieces)
+        working_set.save(file, learned)
+        self._mark(fetched.directory, fetched.manifest.name, working_set_bytes=learned.total)
 
     # --- prefetch ---------------------------------------------------------------------------------
 
@@ -531,9 +544,15 @@ class NodeRegion:
     def pull(self, checkpoint_id: str) -> dict[str, Any]:
         """All of it onto this node. Raises NotFound, StoreError. Blocking."""
         manifest = self.resolve(checkpoint_id)
-        self._region.pull(manifest.name)
-        directory = self._region.cache.root / manifest.name.id
-        self._link(directory)
+        fetched = self._region.fetch(manifest.name)
+        try:
+            _settle(fetched.directory)
+            self._lay_working_set(fetched)
+            fetched.pages.prefetch()
+            self._region.fill(fetched)
+            self._link(fetched.directory)
+        finally:
+            fetched.close()
         return {"checkpoint_id": checkpoint_id, "name": manifest.name.id, "data_bytes": manifest.sizes.data}
 
     def verify(self, checkpoint_id: str) -> dict[str, Any]:
@@ -657,20 +676,6 @@ def _checkpoint_of(fetched: Fetched, build: Build) -> Checkpoint:
     if (checkpoint.app, checkpoint.build_id) != (build.app, build.build_id) or name.build != build.build_id:
         raise Untrusted(f"{name.id} holds the checkpoint of another build, {checkpoint.build_id}")
     return checkpoint
-
-
-def _lay_working_set(fetched: Fetched) -> None:
-    """What the region learned, as the pager reads it; what this node learned since is kept."""
-    file = fetched.directory / "working-set"
-    if file.exists() or fetched.pages.working_set is None:
-        return
-    sizes = _image_sizes(fetched.images)
-    pieces = tuple(
-        Piece(number, run.first * PAGE_SIZE, run.pages * PAGE_SIZE)
-        for run in fetched.pages.working_set
-        if (number := _pages_id(run.stream)) in sizes
-    )
-    working_set.save(file, WorkingSet(sizes, pieces))
 
 
 def _image_sizes(images: Path) -> dict[int, int]:

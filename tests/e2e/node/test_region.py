@@ -172,6 +172,19 @@ def test_its_own_checkpoint_is_not_made_again(region: Region) -> None:
             assert other.checkpoints(region.app.name) == []
 
 
+def test_what_was_prefetched_is_here_before_it_is_asked_for(region: Region) -> None:
+    with region.node("early", prefetch=True) as node:
+        until(lambda: "prefetched" in node.log.read_text(), 30, node.log.read_text())
+        (row,) = node.checkpoints(region.app.name)
+        assert row["where"] == ["partial", "remote"]
+        copy = node.start(region.app.name)
+        assert copy["restored"], copy
+        assert get(copy, "/sum") == region.answer
+        (row,) = [row for row in node.ps(region.app.name) if row["state"] == "ready"]
+        needed = sum(path.stat().st_size for path in region.objects().glob("working-set/*/*/*/1/*"))
+        assert row["store_bytes"] < needed / 4, row
+
+
 def test_without_the_key(region: Region) -> None:
     with region.node("keyless", key=False) as node:
         started = node.start(region.app.name)
@@ -236,8 +249,8 @@ def test_one_bit_of_each_kind(region: Region) -> None:
             assert not started["restored"], kind
             assert reason in started["reason"], started
             assert get(started, "/sum")["sum"] == region.answer["sum"]
-            (row,) = [row for row in node.checkpoints(region.app.name) if row["where"] != ["local"]]
-            assert row["state"] != "ready", row
+            rows = [row for row in node.json("checkpoints", "ls") if "remote" in row["where"]]
+            assert [row["state"].partition(":")[0] for row in rows] in (["quarantined"], ["refused"]), rows
 
 
 def test_bytes_that_turn_out_wrong_while_it_runs(region: Region) -> None:
