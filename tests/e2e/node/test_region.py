@@ -12,6 +12,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,3 +296,27 @@ def test_a_store_that_does_not_exclude(region: Region, relume: Relume) -> None:
             _node(region.root, "refusing", url, region.key, relume),
         ):
             pass
+
+
+def test_one_checkpoint_for_all_and_a_node_that_dies_in_its_upload(region: Region) -> None:
+    with region.node("one", prefix="race") as one, region.node("two", prefix="race") as two:
+        with ThreadPoolExecutor(2) as pool:
+            started = list(pool.map(lambda node: node.start(region.app.name), (one, two)))
+        answers = [
+            node.answer_of_post(each["instance_id"])
+            for node, each in zip((one, two), started, strict=True)
+            if not each["restored"]
+        ]
+        made = [answer for answer in answers if answer["status"] == "created"]
+        assert len(made) == 1, answers
+        assert {answer["reason"] for answer in answers} <= {None, "in_progress", "exists"}, answers
+        maker = (one, two)[answers.index(made[0])]
+        maker.kill_node()
+        maker.start_node()
+        until(
+            lambda: maker.checkpoints(region.app.name)[0]["where"] == ["local", "remote"],
+            60,
+            maker.log.read_text(),
+        )
+        assert maker.json("checkpoints", "verify", made[0]["checkpoint_id"])["ok"]
+        assert len(list(region.objects("race").rglob("manifest"))) == 1
