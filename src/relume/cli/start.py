@@ -8,7 +8,7 @@ from typing import Any
 from relume.cli.arguments import Parser
 from relume.cli.client import NodeClient, segment
 from relume.cli.environment import given_environment
-from relume.cli.render import Screen, duration
+from relume.cli.render import Screen, duration, size
 
 
 def configure(parser: Parser) -> None:
@@ -60,9 +60,14 @@ def _lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _timeline(stages: dict[str, float]) -> list[str]:
+def _timeline(trace: dict[str, float]) -> list[str]:
+    """When each stage was over, and what was asked of the region's store for it (``store_...``, no times)."""
+    stages = {name: value for name, value in trace.items() if not name.startswith("store_")}
     width = max(map(len, stages), default=0)
-    return [
-        "  since the start",
-        *(f"    {stage:<{width}}  {duration(seconds):>8}" for stage, seconds in stages.items()),
-    ]
+    lines = ["  since the start"]
+    lines += [f"    {stage:<{width}}  {duration(seconds):>8}" for stage, seconds in stages.items()]
+    if "store_bytes" in trace:
+        lines.append(
+            f"  from the store: {size(trace['store_bytes'])} in {trace['store_requests']:.0f} requests"
+        )
+    return lines

@@ -136,18 +136,21 @@ class NodeRegion:
         self._manifests: dict[CheckpointName, Manifest] = {}
         self._refused: dict[str, str] = {}
         self._foreign: dict[str, str] = {}
+        self._proven = False
         self._failures: dict[str, int] = {}
 
     async def open(self) -> None:
-        """Clean up, prove the store, take up what was left undone. Raises StoreError for a store that won't do."""
+        """Clean up, prove the store, take up what was left undone.
+
+        Raises StoreError for a store that answers and won't do. One that does not answer is proved later.
+        """
         await asyncio.to_thread(self._region.sweep)
         try:
-            await asyncio.to_thread(self._region.prove)
+            await asyncio.to_thread(self._prove)
         except StoreError as error:
-            raise StoreError(
-                f"[store] url {self._settings.url}: {error.message}",
-                hint=error.hint or "see docs/region.md; without [store] url a node keeps to its own disk",
-            ) from error
+            if error.details.get("reason") == "not_exclusive":
+                raise StoreError(f"[store] url: {error.message}", hint=error.hint) from error
+            log.warning("the store is not used for publishing until it answers: %s", error.message)
         for entry in self._region.cache.entries():
             if entry.complete:
                 self._link(entry.directory)
@@ -156,6 +159,12 @@ class NodeRegion:
                 self.publish(checkpoint.checkpoint_id, None, contextlib.ExitStack())
         if self._prefetching:
             self.spawn(self._watch())
+
+    def _prove(self) -> None:
+        """Before anything relies on a lease: create-if-absent excludes. Raises StoreError. Blocking."""
+        if not self._proven:
+            self._starts.prove()
+            self._proven = True
 
     # --- making -----------------------------------------------------------------------------------
 
@@ -168,6 +177,7 @@ class NodeRegion:
                 return Elsewhere("exists", existing)
             if build_id in self._foreign:
                 return _Claim(self, None, kept)
+            await asyncio.to_thread(self._prove)
             lease = await asyncio.to_thread(self._region.lease, app, build_id, self._platform.key)
             await asyncio.to_thread(kept.enter_context, lease.kept())
             return _Claim(self, lease, kept)
@@ -226,6 +236,7 @@ class NodeRegion:
         if checkpoint.platform.gpu:
             raise BadRequest("it has device memory, which does not travel")
         if lease is None:
+            self._prove()
             self._publish_without_lease(checkpoint, directory)
             return
         log.info("upload of %s begins", checkpoint_id)

@@ -15,6 +15,9 @@ from relume.store.objects import Objects
 
 _RIVALS = 8
 
+NOT_EXCLUSIVE = "not_exclusive"
+"""``reason`` in the error's details, where the store answered and failed the test; another says nothing of it."""
+
 
 def prove_exclusive(objects: Objects) -> None:
     """Raise StoreError, with the reason and a remedy, unless exactly one of several creators wins."""
@@ -36,4 +39,5 @@ def prove_exclusive(objects: Objects) -> None:
             f"{objects.url} ignores create-if-absent (PUT with If-None-Match: *): it {what}",
             hint="Checkpoints of several nodes would overwrite each other. Use a store that honours conditional "
             "writes (Amazon S3, Google Cloud Storage, Azure, MinIO), or a directory on one machine.",
+            reason=NOT_EXCLUSIVE,
         )

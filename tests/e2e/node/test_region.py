@@ -292,7 +292,7 @@ def test_a_store_that_does_not_exclude(region: Region, relume: Relume) -> None:
     with servers.juicefs_gateway(region.root) as endpoint:
         url = servers.url(endpoint, bucket="jfs")
         with (
-            pytest.raises(AssertionError, match=r"\[store\] url .* create-if-absent"),
+            pytest.raises(AssertionError, match=r"\[store\] url: .* create-if-absent"),
             _node(region.root, "refusing", url, region.key, relume),
         ):
             pass

@@ -252,3 +252,22 @@ def test_size_is_what_it_takes_on_disk(tmp_path: Path) -> None:
 def test_the_record_is_readable_by_people(shelf: Shelf, published: str) -> None:
     content = json.loads((shelf.directory(published) / "checkpoint.json").read_text())
     assert content["platform"]["kernel"] == "6.12.0"
+
+
+def test_what_the_region_cached_counts_as_here(
+    shelf: Shelf, begun: Any, checkpoint_of: Any, tmp_path: Path
+) -> None:
+    _, intent = begun()
+    checkpoint = checkpoint_of(intent)
+    shelf.publish(intent.dump_id, checkpoint)
+    elsewhere = tmp_path / "cached"
+    shelf.directory(checkpoint.checkpoint_id).rename(elsewhere)
+    assert shelf.all() == []
+    shelf.link(checkpoint.checkpoint_id, elsewhere)
+    assert shelf.all() == [checkpoint]
+    assert shelf.restore_failed(checkpoint.checkpoint_id, "damaged", damaged=True).quarantined
+    assert shelf.health(checkpoint.checkpoint_id).quarantined
+    shutil.rmtree(elsewhere)  # evicted
+    assert shelf.all() == []
+    shelf.unlink(checkpoint.checkpoint_id)
+    assert shelf.directory(checkpoint.checkpoint_id).parent == shelf.root

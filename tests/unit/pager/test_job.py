@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from relume.errors import PagerError
-from relume.pager.job import Job
+from relume.pager.job import Job, Remote
 
 
 def test_a_job_survives_its_line() -> None:
     job = Job(Path("/i"), Path("/w"), Path("/s"), Path("/r"), "demand", 3, "/relume/a", Path("/v"), 5.0)
     assert Job.parse(job.line()) == job
     assert Job.parse(Job(Path("/i"), Path("/w")).line()) == Job(Path("/i"), Path("/w"))
+    remote = Job(Path("/i"), Path("/w"), remote=Remote("file:///r", "/k", "/state", "n", 1, "b", "p", 2, 3.0))
+    assert Job.parse(remote.line()) == remote
 
 
 @pytest.mark.parametrize(
