@@ -123,7 +123,7 @@ class Spec:
         if not self.host_network:
             kinds.append("network")
         if self.id_base is not None:
-            kinds.append("user")
+            kinds += ["user", "cgroup"]
         return kinds
 
     def _process(self) -> dict[str, Any]:

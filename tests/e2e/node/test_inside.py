@@ -33,6 +33,7 @@ ACTIONS.update(
     faults=lambda _: errno_of(323, 0),
     privileges=lambda _: [line for line in open("/proc/self/status") if line.startswith(("NoNewPrivs", "CapEff"))],
     keys=lambda _: open("/proc/keys").read(),
+    groups=lambda _: sorted({line.split(":", 2)[2].strip() for line in open("/proc/self/cgroup")}),
     stderr=lambda _: open("/dev/stderr", "w").write("by name\\n"),
     reach=reach,
     eat=lambda size: len(bytearray(os.urandom(1 << 20) * int(size))),
@@ -79,6 +80,7 @@ def test_what_an_app_finds_inside(relume: Relume, app: App) -> None:
             assert "NoNewPrivs:\t1\n" in get(instance, "/privileges")
             assert get(instance, "/keys") == ""
             assert get(instance, "/facts")["uid"] == 0
+            assert get(instance, "/groups") == ["/"], "a cgroup namespace of its own, in a copy too"
             assert get(instance, "/stderr") == len("by name\n")
             if beyond is not None:
                 assert get(instance, f"/reach/{beyond}") == "hello"

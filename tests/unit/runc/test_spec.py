@@ -45,7 +45,7 @@ def test_root_inside_is_nobody_outside() -> None:
     linux = config()["linux"]
     mapping = [{"containerID": 0, "hostID": 524288, "size": 65536}]
     assert linux["uidMappings"] == linux["gidMappings"] == mapping
-    assert namespaces({"linux": linux}) == {"pid", "ipc", "uts", "mount", "network", "user"}
+    assert namespaces({"linux": linux}) == {"pid", "ipc", "uts", "mount", "network", "user", "cgroup"}
 
 
 def test_a_build_runs_on_the_hosts_network_and_ids() -> None:
