@@ -202,9 +202,13 @@ class Criu:
                 start_new_session=True,
             )
             copying = asyncio.create_task(self._copy_held(gate, job))
-            watchdog = asyncio.create_task(self._thaw_after(job.timeout, command))
+            watchdogs = [
+                asyncio.create_task(self._thaw_after(job.timeout, command)),
+                asyncio.create_task(self._end_with_the_app(command)),
+            ]
             code = await command.wait()
-            watchdog.cancel()
+            for watchdog in watchdogs:
+                watchdog.cancel()
             if code != 0 and not copying.done():
                 copying.cancel()
             result = await asyncio.gather(copying, return_exceptions=True)
@@ -248,10 +252,20 @@ class Criu:
         except ProcessLookupError:
             pass
 
+    async def _end_with_the_app(self, command: asyncio.subprocess.Process) -> None:
+        """CRIU waits for ever for an answer of processes that were killed under it; there is nobody left to harm."""
+        while process.start_time(self.pid) is not None:
+            await asyncio.sleep(0.2)
+        await asyncio.sleep(1.0)  # it notices by itself, mostly
+        try:
+            os.killpg(command.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
     def _dump_result(
         self, job: DumpJob, code: int, copied: tuple[held.HeldReport, float] | BaseException, seconds: float
     ) -> DumpResult:
-        gone = not Path(f"/proc/{self.pid}").exists()
+        gone = process.start_time(self.pid) is None
         if isinstance(copied, Unsupported):
             return DumpResult(
                 job.dump_id,

@@ -44,6 +44,8 @@ async def _errors(
         return await handler(request)
     except RelumeError as error:
         return web.json_response({"error": error.as_dict()}, status=_status(error))
+    except ConnectionResetError:
+        return web.Response(status=499)  # the caller hung up before anything was said; nobody reads this
     except web.HTTPException as error:
         body = {"code": "bad_request", "message": error.reason, "hint": ""}
         return web.json_response({"error": body}, status=error.status)

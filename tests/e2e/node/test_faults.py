@@ -390,14 +390,31 @@ import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
 secret = libc.syscall(447, 0)
 {POST_IN_THREAD}
-ACTIONS["go"] = lambda _: dict(post(), secret=secret)
+def go(_):
+    longest, over = [0.0], threading.Event()
+    def watch():
+        last = time.monotonic()
+        while not over.is_set():
+            time.sleep(0.001)
+            now = time.monotonic()
+            longest[0], last = max(longest[0], now - last), now
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    answer = post()
+    over.set()
+    watcher.join()
+    return dict(answer, secret=secret, longest_pause_s=longest[0])
+ACTIONS["go"] = go
 serve()
 """
     )
     relume.deploy(app.directory)
     started = relume.start(app.name)
-    answer = get(started, "/go")
-    if answer["secret"] < 0:
-        pytest.skip("this kernel or profile has no memfd_secret")
-    assert (answer["status"], answer["reason"]) == ("failed", "unsupported")
-    assert answer["unsupported"][0]["process"].startswith("python")
+    # Other processes take the processors away too, so the best of a few tries is what relume does.
+    answers = [get(started, "/go") for _ in range(5)]
+    assert answers[0]["secret"] >= 0, "this kernel or profile has no memfd_secret: take another culprit"
+    for answer in answers:
+        assert (answer["status"], answer["reason"]) == ("failed", "unsupported")
+        assert answer["unsupported"][0]["process"].startswith("python")
+        assert answer["unsupported"][0]["hint"]
+    assert min(answer["longest_pause_s"] for answer in answers) < 0.05

@@ -22,7 +22,7 @@ async def test_it_answers_for_a_process_with_a_context(helper: DriverHelper, app
     assert tid != app.pid and Path(f"/proc/{app.pid}/task/{tid}").exists()
     machine = await helper.survey()
     assert [gpu.model for gpu in machine.gpus] == ["NVIDIA L4"]
-    assert [(holder.pid, holder.used_bytes) for holder in machine.holders] == [(app.pid, 8 << 20)]
+    assert (app.pid, 8 << 20) in [(holder.pid, holder.used_bytes) for holder in machine.holders]
     assert machine.driver_version == "580.65.06" and machine.cuda_version == 13000
 
 
