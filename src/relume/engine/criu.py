@@ -254,8 +254,7 @@ class Criu:
 
     async def _end_with_the_app(self, command: asyncio.subprocess.Process) -> None:
         """CRIU waits for ever for an answer of processes that were killed under it; there is nobody left to harm."""
-        while process.start_time(self.pid) is not None:
-            await asyncio.sleep(0.2)
+        await _end_of(self.pid)
         await asyncio.sleep(1.0)  # it notices by itself, mostly
         try:
             os.killpg(command.pid, signal.SIGKILL)
@@ -291,15 +290,7 @@ class Criu:
 
     async def ended(self) -> int:
         """Wait for the container's init; returns its exit code, or 128 + the signal that ended it."""
-        loop = asyncio.get_running_loop()
-        descriptor = os.pidfd_open(self.pid)
-        over = asyncio.Event()
-        loop.add_reader(descriptor, over.set)
-        try:
-            await over.wait()
-        finally:
-            loop.remove_reader(descriptor)
-            os.close(descriptor)
+        await _end_of(self.pid)
         _, status = await asyncio.to_thread(os.waitpid, self.pid, 0)
         code = os.waitstatus_to_exitcode(status)
         if self._stdio is not None:
@@ -328,6 +319,22 @@ class Criu:
 
     def _mark(self, stage: str) -> None:
         self.timeline[stage] = time.monotonic()
+
+
+async def _end_of(pid: int) -> None:
+    """Return when the process has ended, at once if it is no more (pidfd_open(2): readable then)."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop = asyncio.get_running_loop()
+    over = asyncio.Event()
+    loop.add_reader(descriptor, over.set)
+    try:
+        await over.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
 
 
 def _last_error(log: Path) -> str:
