@@ -64,7 +64,8 @@ class Node:
         self._spares = Spares(self.places, self._ground, self._runc, outgoing=pasta() is not None)
         self._region = self._region_of(config)
         self._gpus = Gpus([Path(folder) for folder in config.node.cdi_spec_dirs])
-        self._capturer = Capturer(self._shelf, self.platform, self._gpus.memory, self._region)
+        uploads = self._region.uploads if self._region is not None else None
+        self._capturer = Capturer(self._shelf, self.platform, self._gpus.memory, uploads)
         self.lifecycle = Lifecycle(
             self.places,
             self._state,
@@ -221,7 +222,7 @@ class Node:
         reason, checkpoint = self.lifecycle.choose(build, restore_wanted=True, offers=offers)
         checkpoint_id = checkpoint.checkpoint_id if checkpoint else None
         if checkpoint_id is None and build.checkpointing and self._region is not None:
-            why_not, checkpoint_id = await asyncio.to_thread(self._region.look, build)
+            why_not, checkpoint_id = await asyncio.to_thread(self._region.copies.look, build)
             reason = None if checkpoint_id else why_not or reason
         return {
             "app": app,
@@ -297,7 +298,7 @@ class Node:
         self._state.app(name)
         await self.stop(name)
         if self._region is not None:
-            await asyncio.to_thread(self._region.remove_app, name)
+            await asyncio.to_thread(self._region.catalogue.remove_app, name)
         for checkpoint in self._shelf.all():
             if checkpoint.app == name:
                 await asyncio.to_thread(self._remove_here, checkpoint.checkpoint_id)
@@ -332,7 +333,7 @@ class Node:
             for intent in self._shelf.unfinished()
         ]
         if self._region is not None:
-            rows += self._region.rows(row["checkpoint_id"] for row in rows)
+            rows += self._region.catalogue.rows(row["checkpoint_id"] for row in rows)
         return rows
 
     def _checkpoint_row(self, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -343,13 +344,15 @@ class Node:
             "build_id": checkpoint.build_id,
             "state": "quarantined" if health.quarantined else "ready",
             "where": ["local", "remote"] if self._is_published(checkpoint.checkpoint_id) else ["local"],
-            "upload": self._region.progress(checkpoint.checkpoint_id) if self._region is not None else None,
+            "upload": self._region.uploads.progress(checkpoint.checkpoint_id)
+            if self._region is not None
+            else None,
             "size_bytes": checkpoint.size_bytes,
             "created_at": checkpoint.created_at,
         }
 
     def _is_published(self, checkpoint_id: str) -> bool:
-        return self._region is not None and self._region.published(checkpoint_id) is not None
+        return self._region is not None and self._region.catalogue.published(checkpoint_id) is not None
 
     async def checkpoint(self, checkpoint_id: str) -> dict[str, Any]:
         """``checkpoints inspect``."""
@@ -358,7 +361,7 @@ class Node:
         except NotFound:
             if self._region is None:
                 raise
-            return await asyncio.to_thread(self._region.inspect, checkpoint_id)
+            return await asyncio.to_thread(self._region.catalogue.inspect, checkpoint_id)
         health = self._shelf.health(checkpoint_id)
         offers = await self._offers_like(checkpoint)
         reasons = platform.differences(checkpoint.platform, self.platform, offers)
@@ -408,7 +411,7 @@ class Node:
         except NotFound:
             if self._region is None:
                 raise
-            return self._region.verify(checkpoint_id)
+            return self._region.catalogue.verify(checkpoint_id)
         Restoration(self._shelf, checkpoint, checkpoint.id_base, verified=None).verify(pages=True)
         return {"checkpoint_id": checkpoint_id, "ok": True}
 
@@ -417,7 +420,7 @@ class Node:
         if self._region is None:
             self._shelf.remove(checkpoint_id)
             return
-        removed = self._region.remove(checkpoint_id)
+        removed = self._region.catalogue.remove(checkpoint_id)
         try:
             self._remove_here(checkpoint_id)
         except NotFound:

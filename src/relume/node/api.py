@@ -228,27 +228,27 @@ async def _remove_checkpoint(request: web.Request) -> web.Response:
 @routes.post("/v1/checkpoints/{checkpoint}/pull")
 async def _pull(request: web.Request) -> web.Response:
     node, checkpoint = request.app[NODE], request.match_info["checkpoint"]
-    return web.json_response(await asyncio.to_thread(node.region.pull, checkpoint))
+    return web.json_response(await asyncio.to_thread(node.region.copies.pull, checkpoint))
 
 
 @routes.post("/v1/checkpoints/{checkpoint}/export")
 async def _export(request: web.Request) -> web.Response:
     node, checkpoint = request.app[NODE], request.match_info["checkpoint"]
     file = await _file(request)
-    return web.json_response(await asyncio.to_thread(node.region.export, checkpoint, file))
+    return web.json_response(await asyncio.to_thread(node.region.catalogue.export, checkpoint, file))
 
 
 @routes.post("/v1/region/import")
 async def _import(request: web.Request) -> web.Response:
     file = await _file(request)
-    return web.json_response(await asyncio.to_thread(request.app[NODE].region.import_, file))
+    return web.json_response(await asyncio.to_thread(request.app[NODE].region.catalogue.import_, file))
 
 
 @routes.post("/v1/region/gc")
 async def _collect(request: web.Request) -> web.Response:
     delete = bool((await _body(request)).get("delete"))
     node = request.app[NODE]
-    return web.json_response(await asyncio.to_thread(lambda: node.region.collect(delete=delete)))
+    return web.json_response(await asyncio.to_thread(lambda: node.region.catalogue.collect(delete=delete)))
 
 
 async def _file(request: web.Request) -> Path:

@@ -87,7 +87,7 @@ class BringUp:
             if copy is not None and not copy.complete:
                 if pager is None or memory == "criu":
                     assert self.region is not None
-                    await asyncio.to_thread(self.region.complete, copy)
+                    await asyncio.to_thread(self.region.copies.complete, copy)
                 else:
                     pager |= {"remote": copy.job, "verify": None}
             verify = pager is None or pager.get("daemon") == DAEMON  # ours verifies what it hands out

@@ -138,7 +138,7 @@ class Lifecycle:
             copy = None
             wanted = restore_wanted and build.checkpointing and offers == NO_GPU
             if checkpoint is None and self.region is not None and wanted:
-                why_not, copy = await self.region.find(build)
+                why_not, copy = await self.region.copies.find(build)
                 reason = why_not or reason
                 checkpoint = copy.checkpoint if copy is not None else None
                 trace.mark("fetched")
@@ -149,7 +149,7 @@ class Lifecycle:
                     return Started(instance, None, trace.elapsed, stages, instance.memory)
                 except Exception as error:  # whatever it is, the start must not fail for it
                     if start.called_off.is_set() and self.region is not None and copy is not None:
-                        self.region.finish(copy)
+                        self.region.copies.finish(copy)
                     start.proceed()
                     reason = await self._restore_failed(checkpoint, build, error, copy)
                     trace.mark("restore_failed")
@@ -354,7 +354,7 @@ class Lifecycle:
         message = error.message if isinstance(error, RelumeError) else f"{type(error).__name__}: {error}"
         if not isinstance(error, RelumeError | OSError):
             log.error("restore from the region", exc_info=error)
-        if await asyncio.to_thread(self.region.failed, copy, error):
+        if await asyncio.to_thread(self.region.copies.failed, copy, error):
             self._keep(asyncio.create_task(self._remake(build)))
         return message
 
@@ -362,7 +362,7 @@ class Lifecycle:
         """The instance has what it needs of the region's checkpoint: the rest is the node's to bring."""
         copy = self._copies.pop(instance.instance_id, None)
         if copy is not None and self.region is not None:
-            self.region.finish(copy)
+            self.region.copies.finish(copy)
 
     def _count_failure(self, checkpoint_id: str, build: Build, error: Exception) -> str:
         """Count it against the checkpoint, replace that in the background if it was the last; returns why."""
