@@ -165,6 +165,40 @@ def test_copies_draw_the_same_unless_they_are_reseeded(node: Relume) -> None:
         node.remove(app)
 
 
+#: How the request ends in a copy, by the client that makes it: each has a connection error of its own.
+CLIENTS = {
+    "urllib": "http.client.RemoteDisconnected: ",
+    "requests": "requests.exceptions.ConnectionError: ('Connection aborted.', RemoteDisconnected(",
+    "requests_kept_alive": "requests.exceptions.ConnectionError: ('Connection aborted.', RemoteDisconnected(",
+    "httpx": "httpx.RemoteProtocolError: Server disconnected",
+    "httpx_async": "httpx.RemoteProtocolError: Server disconnected",
+    "aiohttp": "aiohttp.client_exceptions.ServerDisconnectedError: ",
+    "curl": "builtins.RuntimeError: status 52: curl: (52) Empty reply from server",
+    "node_fetch": "builtins.RuntimeError: status 7: TypeError UND_ERR_SOCKET",
+}
+
+
+@pytest.mark.slow
+def test_the_request_ends_in_a_copy_as_each_client_says_it(node: Relume) -> None:
+    app = "apps-http-clients"
+    node.json("deploy", str(HERE / "http-clients"), "-y", timeout=800)
+    try:
+        for client, expected in CLIENTS.items():
+            original = node.start(app, "-e", f"CLIENT={client}")
+            checkpoint = until(lambda original=original: _checkpoint(node, original), 60, client)
+            copy = node.start(app)
+            assert copy["restored"], (client, copy["reason"])
+            ended = until(lambda copy=copy: Ask(copy["url"]).json("/"), 10, f"{client} hangs in the copy")
+            assert ended["error"].startswith(expected), (client, ended)
+            assert 0 <= ended["ended_after_s"] < 1, (client, ended)
+            assert Ask(original["url"]).json("/")["answer"]["status"] == "created", client
+            node.stop(app)
+            node.run("checkpoints", "rm", checkpoint["checkpoint_id"])
+    finally:
+        node.stop(app)
+        node.remove(app)
+
+
 def test_a_main_py_that_fails_at_import(node: Relume, tmp_path: Path) -> None:
     """`start` fails with the app's traceback, and nobody tries again."""
     (tmp_path / "cerebrium.toml").write_text('[cerebrium.deployment]\nname = "apps-broken"\n')

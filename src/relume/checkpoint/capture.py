@@ -11,6 +11,7 @@ not be the thing that takes it down.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from relume.checkpoint.device import DeviceMemory, GpuShare, record_of
+from relume.checkpoint.forecast import forecast
 from relume.checkpoint.platform import NO_GPU, Offers, Platform, differences
 from relume.checkpoint.policy import Situation, SkipReason, skip
 from relume.checkpoint.shelf import Checkpoint, Intent, Shelf, size_of
@@ -36,7 +38,7 @@ from relume.errors import (
 )
 from relume.images import integrity, lazy_bytes
 from relume.keeper.client import Keeper
-from relume.linux import cgroup
+from relume.linux import cgroup, proc
 
 log = logging.getLogger(__name__)
 
@@ -203,14 +205,22 @@ class Capturer:
         return await asyncio.to_thread(self._explained, subject, looked)
 
     def _explained(self, subject: Subject, looked: dict[str, Any] | int) -> dict[str, Any]:
-        situation = self._situation(subject)
+        expected = forecast(
+            cgroup.processes(subject.cgroup),
+            rootfs=subject.rootfs,
+            upper=subject.upper,
+            everything=subject.filesystem == "all",
+            past=self._shelf.all(),
+        )
         return {
             "instance_id": subject.instance_id,
             "would_work": not isinstance(looked, dict),
-            "skipped": skip(situation),
+            "skipped": skip(self._situation(subject)),
             "problem": looked if isinstance(looked, dict) else None,
-            "memory_bytes": preflight.estimate(cgroup.processes(subject.cgroup)).total,
-            "processes": len(cgroup.processes(subject.cgroup)),
+            "processes": expected.processes,
+            "memory_bytes": expected.memory_bytes,
+            "held_bytes": expected.held_bytes,
+            "frozen_s": expected.frozen_s,
         }
 
     # --- the story --------------------------------------------------------------------------------
@@ -351,7 +361,9 @@ class Capturer:
         integrity.record(images)
         hashed = time.monotonic()
         times = edit.read_stats(directory / "work")
-        left = held.survey(subject.upper, directory / "held", id_base=subject.id_base)
+        left = held.survey(
+            subject.upper, directory / "held", id_base=subject.id_base, mounted=_mounted(subject)
+        )
         return Checkpoint(
             checkpoint_id=f"cp-{intent.dump_id}",
             app=subject.app,
@@ -380,6 +392,7 @@ class Capturer:
             stopped=edit.stopped(images),
             left_behind=dataclasses.asdict(left),
             warnings=list(result.held.get("warnings", ())),
+            affinity=result.affinity,
             gpu=record_of(directory / "work"),
         )
 
@@ -451,6 +464,14 @@ def _unsupported(subject: Subject, culprits: list[dict[str, Any]]) -> dict[str, 
     who = f"{first.get('process', '?')} (pid {first.get('pid', '?')}): " if first.get("process") else ""
     message = f"{who}{first['what']}"
     return _answer(subject, "failed", Unsupported.code, message=message, unsupported=culprits)
+
+
+def _mounted(subject: Subject) -> set[str]:
+    """Where something is mounted in it; nothing when it has just ended."""
+    for pid in cgroup.processes(subject.cgroup):
+        with contextlib.suppress(*proc.GONE):
+            return {mount.point for mount in proc.mounts(pid)}
+    return set()
 
 
 def _free(shelf: Shelf) -> int:

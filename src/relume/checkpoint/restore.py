@@ -113,4 +113,5 @@ class Restoration:
             pager=pager,
             needs_network=self.checkpoint.needs_network,
             stopped=stopped,
+            affinity=self.checkpoint.affinity,
         )

@@ -23,6 +23,7 @@ from typing import Any
 
 from relume.checkpoint.platform import Platform
 from relume.errors import NotFound
+from relume.linux.affinity import Affinity
 
 _NAME = re.compile(r"cp-[A-Za-z0-9._-]{1,100}")
 
@@ -57,6 +58,8 @@ class Checkpoint:
     """Pids inside of those that were stopped (SIGSTOP) when it was taken, and must stay so."""
     left_behind: dict[str, Any]
     warnings: list[str]
+    affinity: Affinity = dataclasses.field(default_factory=list)
+    """Threads (pids inside) that were kept from some processors: see relume.linux.affinity."""
     gpu: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The GPUs it was taken on and what was put away of them (relume.checkpoint.device); empty without one."""
 

@@ -46,7 +46,8 @@ def configure(parser: Parser) -> None:
     verb.add_argument("--delete", action="store_true", help="delete it")
     verb.runs(collect)
     verb = verbs.add_parser(
-        "explain", help="would a checkpoint work, and how large would it be? freezes nothing"
+        "explain",
+        help="would a checkpoint work, how large would it be, how long would it take? freezes nothing",
     )
     verb.add_argument("instance", metavar="INSTANCE", help="a running instance")
     verb.runs(explain)

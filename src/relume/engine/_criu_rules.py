@@ -120,6 +120,12 @@ DUMP = (
         "watches files with inotify on a file system without file handles",
         "the writable layer must be an overlay with index=on,nfs_export=on",
     ),
+    # criu/tty.c
+    _rule(
+        r"ctty inheritance detected sid/pgrp \d+(?: \(ctty pid_real (?P<pid>\d+))?",
+        "holds /dev/tty, the terminal that controls its session, as an interactive shell does",
+        "end that shell before the request, or use bash, which does not keep it open",
+    ),
     # criu/filesystems.c, mount.c
     _rule(
         r"mqueue isn't empty",
@@ -350,6 +356,6 @@ ANYWHERE = (
 NOISE = re.compile(
     r"Can't setup RLIMIT_NOFILE for self|(?:Dumping|Restoring|Pre-dumping) FAILED|failed with -?\d+$"
     r"|In-flight connections can be ignored|For Go programs, consider|Message reply from daemon is trimmed"
-    r"|Can't open \d+'s mapfile link"
+    r"|Can't open \d+'s mapfile link|^exited, status=\d+$|^Script .* exited with|One of more action scripts failed"
 )
 """Lines that only say that something failed, harmless ones, and second lines of what has been told."""

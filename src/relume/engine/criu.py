@@ -28,7 +28,8 @@ from relume.engine.network import Network
 from relume.engine.paging import PagerProcess
 from relume.engine.stdio import Sink, Stdio
 from relume.errors import EngineError, Unsupported
-from relume.linux import cgroup, netns, process
+from relume.linux import affinity, cgroup, netns, process
+from relume.linux.affinity import Affinity
 from relume.runc import Runc
 from relume.sidecar import ADDRESS, PORT
 
@@ -40,6 +41,15 @@ hangs the dump for ever in the kernel's ptrace_attach."""
 _ALONE = ("unshare", "--mount", "--propagation", "private", "--")
 """runc and CRIU get a mount namespace of their own: CRIU mounts cgroup hierarchies for a moment (its cgyard),
 and a runc that boots another container at that moment would find them and fail."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Copied:
+    """What was saved beside CRIU's images while all was frozen, and in how many seconds."""
+
+    report: held.HeldReport
+    affinity: Affinity
+    seconds: float
 
 
 class Criu:
@@ -92,7 +102,10 @@ class Criu:
             arguments.append("--lazy-pages")
         else:
             await self._drop_pager()
-        return await self._bring_up(arguments, wait_for_way_out=job.needs_network)
+        pid = await self._bring_up(arguments, wait_for_way_out=job.needs_network)
+        if job.affinity:
+            affinity.apply(cgroup.processes(self._container.cgroup), job.affinity)
+        return pid
 
     async def _page(self, job: dict[str, Any]) -> None:
         if job.get("daemon") == DAEMON:
@@ -217,7 +230,7 @@ class Criu:
             await asyncio.to_thread(cgroup.thaw, self._container.cgroup)
         return self._dump_result(job, code, result[0], time.monotonic() - started)
 
-    async def _copy_held(self, gate: Gate, job: DumpJob) -> tuple[held.HeldReport, float]:
+    async def _copy_held(self, gate: Gate, job: DumpJob) -> _Copied:
         await gate.arrival()
         started = time.monotonic()
         try:
@@ -236,8 +249,9 @@ class Criu:
         except BaseException:
             gate.release(ok=False)  # fails the dump, and CRIU lets the tasks go on
             raise
+        pinned = affinity.read(pids)
         gate.release()
-        return report, time.monotonic() - started
+        return _Copied(report, pinned, time.monotonic() - started)
 
     async def _thaw_after(self, timeout: float, command: asyncio.subprocess.Process) -> None:
         """The watchdog: past ``timeout`` seconds the app runs again, dump or no dump."""
@@ -262,7 +276,7 @@ class Criu:
             pass
 
     def _dump_result(
-        self, job: DumpJob, code: int, copied: tuple[held.HeldReport, float] | BaseException, seconds: float
+        self, job: DumpJob, code: int, copied: _Copied | BaseException, seconds: float
     ) -> DumpResult:
         gone = process.start_time(self.pid) is None
         if isinstance(copied, Unsupported):
@@ -275,16 +289,18 @@ class Criu:
             )
         if code != 0:
             error = _last_error(Path(job.work) / "runc.log") or f"runc checkpoint ended with status {code}"
+            if isinstance(copied, Exception):
+                error = f"copying held files: {copied}"  # it is what failed the dump
             no_space = isinstance(copied, OSError) and copied.errno == errno.ENOSPC
             return DumpResult(job.dump_id, error=error, no_space=no_space, app_gone=gone, seconds=seconds)
         if isinstance(copied, BaseException):
             return DumpResult(job.dump_id, error=f"copying held files: {copied}", app_gone=gone)
-        report, copy_seconds = copied
         return DumpResult(
             job.dump_id,
             seconds=seconds,
-            copy_seconds=copy_seconds,
-            held=dataclasses.asdict(report),
+            copy_seconds=copied.seconds,
+            held=dataclasses.asdict(copied.report),
+            affinity=copied.affinity,
             app_gone=gone,
         )
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from relume.engine._culprit import Culprit
@@ -113,6 +113,20 @@ def capture(
     return HeldReport(copier.files, copier.bytes, tuple(sqlite_warnings(held)))
 
 
+def expected_bytes(pids: Sequence[int], *, rootfs: Path, upper: Path) -> int:
+    """Bytes on disk of the files that :func:`capture` would copy if all froze now; directories and names aside."""
+    source = Tree(upper)
+    try:
+        files = {
+            status.st_ino: status.st_blocks * 512
+            for one in Finder(rootfs).find(pids)
+            if (status := source.stat(one.path)) is not None and stat.S_ISREG(status.st_mode)
+        }
+    finally:
+        source.close()
+    return sum(files.values())
+
+
 def lay(src: Path, upper: Path, *, id_base: int) -> None:
     """Put the tree ``src`` (a ``dest`` of :func:`capture`) into ``upper``, owners shifted by ``id_base``.
 
@@ -140,10 +154,11 @@ def lay(src: Path, upper: Path, *, id_base: int) -> None:
         source.close()
 
 
-def survey(upper: Path, dest: Path, *, id_base: int) -> LeftBehind:
+def survey(upper: Path, dest: Path, *, id_base: int, mounted: Collection[str] = ()) -> LeftBehind:
     """Which files of ``upper`` are not in ``dest``; to be called after the thaw, for it walks all of it.
 
-    Files that the app cannot have made (owners outside its range: the runtime's mount points) don't count.
+    What the app has not made does not count: owners outside its range, and the empty files that the runtime puts
+    where something is to be ``mounted`` (paths inside).
     """
     counts, sizes = [0, 0], [0, 0]
     names: tuple[list[str], list[str]] = ([], [])
@@ -153,7 +168,9 @@ def survey(upper: Path, dest: Path, *, id_base: int) -> LeftBehind:
             copy.trim()
             if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
                 continue
-            if not 0 <= status.st_uid - id_base < _ID_COUNT or copy.stat(path) is not None:
+            if not 0 <= status.st_uid - id_base < _ID_COUNT or f"/{path}" in mounted:
+                continue
+            if copy.stat(path) is not None:
                 continue
             kind = _is_cache(path)
             counts[kind] += 1

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from relume.linux.affinity import Affinity
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Container:
@@ -39,6 +41,8 @@ class RestoreJob:
     """Whether the way out must be there before the sockets are restored."""
     stopped: bool = False
     """Leave it stopped before its first instruction."""
+    affinity: Affinity = dataclasses.field(default_factory=list)
+    """Threads that were kept from some processors, and will be again."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,4 +83,6 @@ class DumpResult:
     copy_seconds: float = 0.0
     held: dict[str, Any] = dataclasses.field(default_factory=dict)
     culprits: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    affinity: Affinity = dataclasses.field(default_factory=list)
+    """Threads that are kept from some processors."""
     app_gone: bool = False

@@ -30,6 +30,7 @@ GHOST_LIMIT = 1 << 30
 
 _MEM, _MISC = 1, 10  # major numbers: Documentation/admin-guide/devices.txt
 _TTYS = frozenset({4, 5, *range(136, 144)})
+_CONTROLLING_TTY = (5, 0)
 _TUN, _AUTOFS = 200, 235
 
 _NAMESPACES = ("mnt", "net", "uts", "ipc", "user", "pid", "cgroup", "time")
@@ -149,8 +150,8 @@ class _Examination:
     def process(self, pid: int, status: proc.Status) -> Iterator[Finding]:
         if status.state == "Z":
             return
-        if status.tracer:
-            yield self._traced(status.tracer)
+        for tracer in proc.tracers(pid):
+            yield self._traced(tracer)
         yield from self._nested(pid)
         for fd, target in proc.descriptors(pid):
             try:
@@ -232,6 +233,13 @@ class _Examination:
         if not stat.S_ISCHR(status.st_mode):
             return
         major, minor = os.major(status.st_rdev), os.minor(status.st_rdev)
+        if (major, minor) == _CONTROLLING_TTY:
+            # CRIU wants the first terminal of the session that it comes by to be this process's own, and comes
+            # by the other end first, which whoever made the session has (criu/tty.c, tty_verify_ctty).
+            yield (
+                "holds /dev/tty, the terminal that controls its session, as an interactive shell does",
+                "end that shell before the request, or use bash, which does not keep it open",
+            )
         if major == _MEM or major in _TTYS or (major == _MISC and minor in (_TUN, _AUTOFS)):
             return
         if target.startswith("/dev/nvidia"):

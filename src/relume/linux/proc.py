@@ -58,7 +58,6 @@ class Status:
 
     name: str
     state: str
-    tracer: int
     pids: tuple[int, ...]
 
     @property
@@ -167,14 +166,25 @@ def root_mount(pid: int) -> Mount:
 
 
 def status(pid: int) -> Status:
-    """Name, state, tracer and pids."""
-    fields = dict(line.split(":\t", 1) for line in _text(f"/proc/{pid}/status").splitlines() if ":\t" in line)
+    """Name, state and pids."""
+    fields = _fields(f"/proc/{pid}/status")
     return Status(
         name=fields["Name"],
         state=fields["State"][:1],
-        tracer=int(fields["TracerPid"]),
         pids=tuple(int(number) for number in fields.get("NSpid", str(pid)).split()),
     )
+
+
+def tracers(pid: int) -> set[int]:
+    """The processes that trace a thread of it. The kernel names the thread that does; this is its process."""
+    found = set()
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        try:
+            if (tracer := _fields(f"/proc/{pid}/task/{thread}/status")["TracerPid"]) != "0":
+                found.add(int(_fields(f"/proc/{tracer}/status")["Tgid"]))
+        except GONE:
+            continue
+    return found
 
 
 def namespace(pid: int, kind: str) -> int:
@@ -216,6 +226,11 @@ def memory(pid: int) -> dict[str, int]:
     except ProcessLookupError:
         return {}
     return fields
+
+
+def _fields(path: str) -> dict[str, str]:
+    """A status file: its lines by their names."""
+    return dict(line.split(":\t", 1) for line in _text(path).splitlines() if ":\t" in line)
 
 
 def _text(path: str) -> str:

@@ -310,7 +310,7 @@ class Node:
         self._state.remove_app(name)
 
     async def explain_checkpoint(self, instance_id: str) -> dict[str, Any]:
-        """Would a checkpoint of the instance work, how large would it be; nothing is stopped for it."""
+        """Would a checkpoint of the instance work, how large would it be, how long would it take; stops nothing."""
         (instance,) = self.lifecycle.find(instance_id)[-1:]
         return await self._capturer.explain(self.lifecycle.subject(instance))
 

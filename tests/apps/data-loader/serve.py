@@ -22,7 +22,7 @@ def load(data, indexes, pipe):
 
 def main():
     token = secrets.token_hex(16)
-    file = tempfile.NamedTemporaryFile(suffix=".npy")  # noqa: SIM115 - lives as long as the process
+    file = tempfile.NamedTemporaryFile(suffix=".npy")
     data = np.memmap(file.name, dtype="float32", mode="w+", shape=(ROWS, COLUMNS))
     data[:] = np.arange(ROWS, dtype="float32")[:, None]
     data.flush()

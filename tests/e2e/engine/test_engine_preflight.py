@@ -60,6 +60,15 @@ REFUSED = {
         "child = os.fork()\nif child == 0: time.sleep(100)\nlibc.ptrace(0x4206, child, 0, 0)",
         "is traced by python3",
     ),
+    "traced by a thread": (
+        "import threading\nchild = os.fork()\nif child == 0: time.sleep(100)\n"
+        "def trace(): libc.ptrace(0x4206, child, 0, 0); time.sleep(100)\nthreading.Thread(target=trace).start()",
+        "is traced by python3 (pid",
+    ),
+    "controlling terminal": (
+        'import pty\nchild, fd = pty.fork()\nif child == 0: os.open("/dev/tty", os.O_RDWR); time.sleep(100)',
+        "holds /dev/tty",
+    ),
     "uts namespace": ("in_child(0x4000000)", "uts namespace"),
     "ipc namespace": ("in_child(0x8000000)", "ipc namespace"),
     "user namespace": ("in_child(0x10000000)", "user namespace"),

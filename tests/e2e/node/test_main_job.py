@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+import urllib.error
 
-from harness import SNIPPET, App, Relume, get, until
+import pytest
+
+from harness import SNIPPET, App, Failed, Relume, get, until
 
 FIRST_LINE = "CEREBRIUM_RESTORED: container restored from checkpoint"
+
+# GET /post of the app makes the request, and is answered with its answer.
+POST = """
+import urllib.request
+def post(_):
+    request = urllib.request.Request("http://169.254.169.253:8234/checkpoint", method="POST")
+    return json.loads(urllib.request.urlopen(request, timeout=600).read())
+ACTIONS["post"] = post
+"""
 
 
 def test_second_and_third_start_are_warm(relume: Relume, app: App) -> None:
@@ -142,10 +155,7 @@ def test_checkpointing_off_and_redeploys(relume: Relume, app: App) -> None:
 def test_skip_reasons(relume: Relume, app: App) -> None:
     app.write(
         f"""
-def post(_):
-    request = urllib.request.Request("http://169.254.169.253:8234/checkpoint", method="POST")
-    return json.loads(urllib.request.urlopen(request, timeout=600).read())
-ACTIONS["post"] = post
+{POST}
 {SNIPPET}
 serve()
 """
@@ -170,6 +180,73 @@ def test_trigger_ready(relume: Relume, app: App) -> None:
     until(lambda: [row for row in relume.checkpoints(app.name) if row["state"] == "ready"])
     until(lambda: '"status": "created"' in relume.logs(first["instance_id"]))
     assert relume.start(app.name)["restored"]
+
+
+def test_a_readiness_that_flaps(relume: Relume, app: App) -> None:
+    """Ready once is ready: one checkpoint, at the first success; a copy that wakes up unready is waited for."""
+    app.write(
+        """
+asked = []
+def ready(_):
+    asked.append(time.time())
+    if len(asked) % 3:
+        raise RuntimeError("not now")
+    return asked
+ACTIONS["ready"] = ready
+serve()
+""",
+        ready="/ready",
+        extra='[relume.checkpoint]\ntrigger = "ready"\n',
+    )
+    relume.deploy(app.directory)
+    first = relume.start(app.name)
+    until(lambda: '"status": "created"' in relume.logs(first["instance_id"]))
+    for _ in range(4):  # whoever asks meets both answers; neither the node nor the instance minds
+        with contextlib.suppress(urllib.error.HTTPError):
+            get(first, "/ready")
+    copies = [relume.start(app.name) for _ in range(2)]
+    for copy in copies:
+        assert copy["restored"], copy["reason"]
+    assert [row["state"] for row in relume.ps(app.name)] == ["ready"] * 3
+    assert len(relume.checkpoints(app.name)) == 1
+    assert relume.logs(first["instance_id"]).count('"status"') == 1
+
+
+def test_explain_says_whether_how_large_and_how_long(relume: Relume, app: App) -> None:
+    app.write(
+        f"""
+ballast = bytearray(b"x" * (100 << 20))
+file = open("/held", "wb"); file.write(bytes(range(256)) * (20 << 12)); file.flush()
+def hold(_):
+    global secret
+    secret = __import__("ctypes").CDLL(None).syscall(447, 0)  # memfd_secret
+    return secret
+ACTIONS["hold"] = hold
+{POST}
+serve()
+"""
+    )
+    relume.deploy(app.directory)
+    started = relume.start(app.name)
+    told = relume.json("checkpoints", "explain", started["instance_id"])
+    assert (told["would_work"], told["skipped"], told["problem"], told["processes"]) == (True, None, None, 1)
+    assert 100 << 20 < told["memory_bytes"] < 150 << 20
+    assert told["held_bytes"] == 20 << 20
+    assert 0.1 < told["frozen_s"] < 60
+    made = get(started, "/post")
+    assert made["status"] == "created"
+    assert made["left_behind"]["count"] == 0, "what the runtime put there is not the app's"
+    expected = told["memory_bytes"] + told["held_bytes"]
+    assert 0.8 * made["size_bytes"] < expected < 1.2 * made["size_bytes"]
+    assert relume.json("checkpoints", "explain", started["instance_id"])["skipped"] == "exists"
+
+    get(started, "/hold")
+    told = relume.json("checkpoints", "explain", started["instance_id"])
+    assert not told["would_work"]
+    assert told["problem"]["unsupported"][0]["what"] == "holds memory from memfd_secret"
+    relume.stop(started["instance_id"])
+    with pytest.raises(Failed, match="relume ps"):
+        relume.json("checkpoints", "explain", started["instance_id"])
 
 
 def test_stop_and_remove_leave_nothing(relume: Relume, app: App) -> None:

@@ -18,6 +18,11 @@ FAILED = """\
 
 ABOUT_ONE = [
     ("(00.03) Error (criu/proc_parse.c:502): Unknown shit 600 (anon_inode:[io_uring])", "io_uring ring"),
+    (
+        "(00.14) Error (criu/tty.c:2286): tty: ctty inheritance detected sid/pgrp 8 (ctty pid_real 4711 pty"
+        " pid_real 4710)",
+        "holds /dev/tty",
+    ),
     ("(00.04) Error (criu/proc_parse.c:502): Unknown shit 100600 (/secretmem (deleted))", "memfd_secret"),
     ("(00.04) Error (criu/proc_parse.c:502): Unknown shit 140777 (socket:[77])", "maps socket:[77], which"),
     (

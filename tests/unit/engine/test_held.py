@@ -156,6 +156,8 @@ def test_what_was_left_behind(tmp_path: Path) -> None:
     assert (left.cache_count, left.cache_bytes) == (1, 4096)
     assert left.names == tuple(f"/data/file{number:02}" for number in range(10))
     assert 'filesystem = "all"' in left.hint
+    shown = held.survey(upper, dest, id_base=upper.stat().st_uid, mounted={"/data/file00"})
+    assert (shown.count, shown.names[0]) == (12, "/data/file01"), "a mount point is nobody's file"
     # what the runtime made, outside of the container's ids, is nobody's loss
     assert held.survey(upper, dest, id_base=upper.stat().st_uid + 1).count == 0
 

@@ -53,7 +53,7 @@ def test_mount_points_are_unescaped(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_status_and_namespaces() -> None:
     status = proc.status(ME)
-    assert status.pids[0] == ME and status.tracer == 0
+    assert status.pids[0] == ME and proc.tracers(ME) == set()
     assert status.name == Path("/proc/self/comm").read_text().rstrip("\n")
     assert f"net:[{proc.namespace(ME, 'net')}]" == str(Path("/proc/self/ns/net").readlink())
 
