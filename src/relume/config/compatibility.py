@@ -32,6 +32,8 @@ A key that is not listed is ignored with a warning that names what was probably 
 makes it an error. A value out of range is an error with file, line, key, value and what is allowed; exit status 2.
 Where the vendor's page and its server disagree on a default, the default below is the server's.
 
+Which programs were tried, with a row for each: [compat-apps.md](compat-apps.md).
+
 This page is made from the models (`python -m relume.config.compatibility`); a test holds it against them.
 
 ## cerebrium.toml
