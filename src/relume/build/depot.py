@@ -25,14 +25,14 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from relume.build import tree
 from relume.build.interrupt import in_thread
 from relume.build.model import Build, Layer
-from relume.errors import BuildError, HostError
+from relume.errors import BuildError, HostError, Untrusted
 from relume.linux import mounts, process, syscall
 
 _POLL = 0.1
@@ -115,11 +115,16 @@ class Depot:
 
     # --- layers and what they were made from --------------------------------------------------------
 
-    async def publish(self, made: Path) -> Layer:
-        """Move the finished tree ``made`` (on this file system) to its place by content."""
+    async def publish(self, made: Path, expected: str | None = None) -> Layer:
+        """Move the finished tree ``made`` (on this file system) to its place by content.
+
+        Raises Untrusted for a tree that came from elsewhere and is not the ``expected`` one.
+        """
 
         def work(check: Any) -> Layer:
             digest = tree.digest(made, check)
+            if expected not in (None, digest):
+                raise Untrusted(f"layer {expected} came with other content, {digest}")
             layer = Layer(digest, self.layers / digest)
             if layer.path.is_dir() and tree.digest(layer.path, check) != digest:
                 layer.path.rename(made.with_name("torn"))  # by a power cut: goes with the workspace
@@ -152,10 +157,29 @@ class Depot:
         _write(path, {**entry, "boot": process.boot_id()}, durable=False)
         self._volatile.append(path)
 
-    async def make_durable(self) -> None:
-        """Bring all layers to disk, and let the index entries that wait for it outlive a power cut."""
+    def stages_of(self, layers: Iterable[Layer]) -> list[dict[str, Any]]:
+        """What is known to have given these layers: ``kind``, ``key``, ``layer``, ``facts`` of each stage."""
+        digests = {layer.digest for layer in layers}
+        found = []
+        for path in sorted((self.root / "index").glob("*/*.json")):
+            entry = self._entry(path)
+            if entry is not None and entry["layer"] in digests:
+                found.append(
+                    {
+                        "kind": path.parent.name,
+                        "key": path.stem,
+                        "layer": entry["layer"],
+                        "facts": entry.get("facts") or {},
+                    }
+                )
+        return found
+
+    async def make_durable(self, *, came: bool = False) -> None:
+        """Bring all layers to disk, and let the index entries that wait for it outlive a power cut.
+
+        ``came`` says that layers came without an entry."""
         waiting, self._volatile = self._volatile, []
-        if not waiting:
+        if not waiting and not came:
             return
         await asyncio.to_thread(_sync, self.root)
         for path in waiting:

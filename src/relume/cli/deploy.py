@@ -40,6 +40,9 @@ def deploy(options: Namespace) -> int:
     body |= {"name": options.name} if options.name else {}
     result = NodeClient().stream("/v1/deploy", body, screen.done)
     seconds = duration(result["seconds"])
-    screen.data(result, [f"✓ {result['app']} is deployed in {seconds}: build {result['build_id']}"])
+    how = f"{result['how']}{', not in the region' if result['in_region'] is False else ''}"
+    screen.data(result, [f"✓ {result['app']} is deployed in {seconds}: build {result['build_id']} ({how})"])
+    if result["reason"]:
+        screen.note(f"the region: {result['reason']}")
     screen.hint(f"next: relume start {result['app']}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -22,6 +23,7 @@ from relume.errors import BadRequest, NotFound
 from relume.keeper.instance import read_exit_code
 from relume.node import machine
 from relume.node.bringup import BringUp
+from relume.node.deployed import Deployed
 from relume.node.gpus import Gpus
 from relume.node.ground import Ground
 from relume.node.lifecycle import Lifecycle
@@ -99,7 +101,7 @@ class Node:
             self.places.node_id,
             shelf=self._shelf,
             platform=self.platform,
-            layers_of=lambda build_id: tuple(layer.digest for layer in self._builder.load(build_id).layers),
+            builder=self._builder,
             spawn=lambda work: self.lifecycle.spawn(work),
         )
 
@@ -108,13 +110,21 @@ class Node:
         self._shelf.sweep()
         await self._builder.clean()
         if self._region is not None:
-            await self._region.open()
+            await self._region.open(self._deployed())
         await self._adopt()
         self._sweep()
         self._spares.refill()
         for app in {instance.build.app for instance in self.lifecycle.instances.values()}:
             self.lifecycle.prepared.want(app)
         self.lifecycle.spawn(self.lifecycle.prepared.run())
+
+    def _deployed(self) -> list[Build]:
+        """The builds that a start would use."""
+        found = []
+        for app in self._state.apps():
+            with contextlib.suppress(NotFound):
+                found.append(self._build_of(app.name))
+        return found
 
     async def _adopt(self) -> None:
         for row in self._state.instances():
@@ -195,16 +205,22 @@ class Node:
         name: str | None,
         fresh: bool,
         progress: Callable[[str], None],
-    ) -> Build:
-        """Build the app in ``directory`` and make it what ``start`` starts."""
+    ) -> Deployed:
+        """The build of the app in ``directory``, made or found; it is what ``start`` starts from now on."""
         config = load_app(directory, config_file=config_file, name=name)
         gpus = await self._gpus.most(config.hardware.compute) if config.hardware.family == "gpu" else 0
         config.require_deployable(gpus=gpus)
         _check_name(config.name)
-        build = await self._builder.build(directory, config, fresh=fresh, progress=progress)
+        planned = await self._builder.plan(directory, config)
+        if self._region is not None:
+            deployed = await self._region.builds.bring(planned, fresh=fresh, say=progress)
+        else:
+            build, there = await self._builder.make(planned, fresh=fresh, progress=progress)
+            deployed = Deployed(build, "reused" if there else "built")
+        build = deployed.build
         self._state.ensure_app(build.app)
         self._state.set_build(build.app, build.build_id, str(directory))
-        return build
+        return deployed
 
     async def start(
         self, app: str, *, restore: bool, environment: Mapping[str, str], memory: str = "paged"

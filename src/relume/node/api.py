@@ -122,7 +122,7 @@ async def _deploy(request: web.Request) -> web.StreamResponse:
     async def verb(progress: Progress) -> dict[str, Any]:
         began = asyncio.get_running_loop().time()
         config_file = body.get("config_file")
-        build = await node.deploy(
+        deployed = await node.deploy(
             Path(body["directory"]),
             config_file=Path(config_file) if config_file else None,
             name=body.get("name"),
@@ -130,7 +130,7 @@ async def _deploy(request: web.Request) -> web.StreamResponse:
             progress=progress,
         )
         seconds = asyncio.get_running_loop().time() - began
-        return {"app": build.app, "build_id": build.build_id, "seconds": round(seconds, 3)}
+        return deployed.as_dict() | {"seconds": round(seconds, 3)}
 
     if not isinstance(body.get("directory"), str):
         raise BadRequest("directory is missing")

@@ -4,9 +4,10 @@
 this room knows of instances, containers or CRIU's formats beyond the names of its page images.
 """
 
+from relume.store.builds import BuildRecord, LayerRef
+from relume.store.bundle import pack_tree, unpack_tree
 from relume.store.fetch import Fetched
 from relume.store.keys import KeyWrapper, new_key_file, rotate_key_file
-from relume.store.layers import BuildRecord, LayerRef
 from relume.store.lease import Lease
 from relume.store.manifest import Manifest
 from relume.store.names import CheckpointName
@@ -38,6 +39,8 @@ __all__ = [
     "RemotePages",
     "RemoteSource",
     "new_key_file",
+    "pack_tree",
     "read_from_files",
     "rotate_key_file",
+    "unpack_tree",
 ]

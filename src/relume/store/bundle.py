@@ -1,8 +1,8 @@
-"""Two bundles: a checkpoint's small files, and the tree of files that its processes held. Both are tars.
+"""Bundles: a checkpoint's small files, the tree of files that its processes held, a layer of a build. All are tars.
 
 Unpacking trusts nothing: an absolute path, a `..`, a name through a symlink, a hard link to the outside, a
-device, or an extended attribute that packing would not have made is refused with Untrusted, and nothing
-outside the target is ever touched.
+device (but in a layer), or an extended attribute that packing would not have made is refused with Untrusted, and
+nothing outside the target is ever touched.
 
 The tree keeps what the engine's copy of a writable layer keeps: types (sockets and overlay's whiteouts too, as
 empty entries with a `RELUME.kind` header), owners, modes, times in nanoseconds, hard links, holes, and the
@@ -25,6 +25,7 @@ _BLOCK = 1 << 20
 _KIND = "RELUME.kind"
 _XATTR = "SCHILY.xattr."
 _KEPT_XATTRS = ("user.", "trusted.overlay.", "system.posix_acl_")
+_LAYER_XATTRS = (*_KEPT_XATTRS, "security.capability")
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 IMAGES = "images"
 
@@ -68,23 +69,28 @@ def unpack_small(data: bytes, directory: Path, where: str) -> None:
         raise Untrusted(f"{where} is not a bundle of small files: {error}") from None
 
 
-def pack_tree(directory: Path, out: BinaryIO) -> None:
-    """Write everything below `directory` as a tar to `out`. Raises StoreError for a device node."""
+def pack_tree(directory: Path, out: BinaryIO, *, layer: bool = False) -> None:
+    """Write everything below `directory` as a tar to `out`. Raises StoreError for a device node.
+
+    In a `layer` devices and file capabilities are kept, and its first entry is the directory itself.
+    """
+    xattrs = _LAYER_XATTRS if layer else _KEPT_XATTRS
+    first = (directory,) if layer else ()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for path in _walk(directory):
+        for path in (*first, *_walk(directory)):
             name, facts = str(path.relative_to(directory)), path.lstat()
             headers = {"mtime": f"{facts.st_mtime_ns // 10**9}.{facts.st_mtime_ns % 10**9:09d}"}
             if kind := _special(facts):
                 info = tarfile.TarInfo(name)
                 info.mode, info.uid, info.gid = stat.S_IMODE(facts.st_mode), facts.st_uid, facts.st_gid
                 headers[_KIND] = kind
-            elif stat.S_ISCHR(facts.st_mode) or stat.S_ISBLK(facts.st_mode):
+            elif (stat.S_ISCHR(facts.st_mode) or stat.S_ISBLK(facts.st_mode)) and not layer:
                 raise StoreError(f"{name} in the held files is a device; it cannot travel with a checkpoint")
             else:
                 info = tar.gettarinfo(path, name)
                 info.uname = info.gname = ""
                 if not info.issym():
-                    headers |= {_XATTR + key: value for key, value in _xattrs(path)}
+                    headers |= {_XATTR + key: value for key, value in _xattrs(path, xattrs)}
             info.pax_headers = headers
             if info.isreg() and not kind:
                 with path.open("rb") as file:
@@ -93,26 +99,38 @@ def pack_tree(directory: Path, out: BinaryIO) -> None:
                 tar.addfile(info)
 
 
-def unpack_tree(file: BinaryIO, directory: Path, where: str) -> None:
-    """Lay the tree into `directory`, which must be new and empty.
+def unpack_tree(file: BinaryIO, directory: Path, where: str, *, layer: bool = False) -> None:
+    """Lay the tree into `directory`, which must be new and empty; `layer` as it was packed.
 
     Raises Untrusted for a tar that is not one of ours, OSError when the disk is full or the rights are missing;
     then throw `directory` away.
     """
     folders: list[tuple[Path, tarfile.TarInfo]] = []
+    xattrs = _LAYER_XATTRS if layer else _KEPT_XATTRS
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
+                if layer and not folders and info.name == "." and info.isdir():
+                    folders.append((directory, info))
+                    continue
                 path = directory / _inside(info.name, directory, where)
-                _make(tar, info, path, directory, where)
+                if layer and info.isdev() and not info.isfifo():
+                    _make_device(info, path)
+                else:
+                    _make(tar, info, path, directory, where)
                 if info.isdir():
                     folders.append((path, info))
                 elif not info.islnk():
-                    _dress(path, info, where)
+                    _dress(path, info, where, xattrs)
     except (tarfile.TarError, FileExistsError, FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise Untrusted(f"{where} is not a bundle of files: {error}") from None
     for path, info in reversed(folders):  # last, because making an entry changes its folder's times
-        _dress(path, info, where)
+        _dress(path, info, where, xattrs)
+
+
+def _make_device(info: tarfile.TarInfo, path: Path) -> None:
+    kind = stat.S_IFCHR if info.ischr() else stat.S_IFBLK
+    os.mknod(path, kind | 0o600, os.makedev(info.devmajor, info.devminor))
 
 
 def _make(tar: tarfile.TarFile, info: tarfile.TarInfo, path: Path, directory: Path, where: str) -> None:
@@ -150,7 +168,7 @@ def _new_file(tar: tarfile.TarFile, info: tarfile.TarInfo, path: Path) -> None:
         out.truncate(info.size)
 
 
-def _dress(path: Path, info: tarfile.TarInfo, where: str) -> None:
+def _dress(path: Path, info: tarfile.TarInfo, where: str, xattrs: tuple[str, ...]) -> None:
     """Owner, mode, attributes and times of what was just made, in the order in which they do not undo each other."""
     if os.geteuid() == 0:
         os.chown(path, info.uid, info.gid, follow_symlinks=False)
@@ -159,7 +177,7 @@ def _dress(path: Path, info: tarfile.TarInfo, where: str) -> None:
     for header, value in info.pax_headers.items():
         if header.startswith(_XATTR):
             name = header.removeprefix(_XATTR)
-            if not name.startswith(_KEPT_XATTRS):
+            if not name.startswith(xattrs):
                 raise Untrusted(f"{where}: {info.name!r} has the extended attribute {name!r}")
             os.setxattr(path, name, value.encode("utf-8", "surrogateescape"), follow_symlinks=False)
     seconds, _, fraction = info.pax_headers.get("mtime", str(info.mtime)).partition(".")
@@ -186,9 +204,9 @@ def _special(facts: os.stat_result) -> str:
     return "socket" if stat.S_ISSOCK(facts.st_mode) else ""
 
 
-def _xattrs(path: Path) -> Iterator[tuple[str, str]]:
+def _xattrs(path: Path, kept: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     for name in os.listxattr(path, follow_symlinks=False):
-        if name.startswith(_KEPT_XATTRS):
+        if name.startswith(kept):
             yield name, os.getxattr(path, name, follow_symlinks=False).decode("utf-8", "surrogateescape")
 
 

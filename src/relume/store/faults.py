@@ -19,6 +19,7 @@ POINTS = (
     "working_set.list",
     "layer.chunk",
     "layer.index",
+    "build.record",
     "fetch.unpacked",
     "fetch.entered",
     "fetch.chunk",

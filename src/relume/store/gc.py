@@ -13,9 +13,10 @@ Either the sweeper sees the uploader's lease or the uploader sees the sweeper's.
 and wakes up finds its generation *closed*: the sweeper creates a manifest of that name first, which is no
 manifest, and of two creators only one wins. A sweeper that cannot renew its lease stops before the next deletion.
 
-A layer goes when no build and no checkpoint names it. A removed checkpoint stays whole for the grace period, for
-those that still page from it; then its manifest goes first and the rest after it. All ages are differences
-between time stamps of the store itself: no node's clock is involved.
+A layer goes when no build and no checkpoint names it; a build when one made anew of the same inputs has replaced
+it. A removed checkpoint stays whole for the grace period, for those that still page from it; then its manifest
+goes first and the rest after it. All ages are differences between time stamps of the store itself: no node's clock
+is involved.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from dataclasses import dataclass, field
 
 from relume.errors import ObjectMissing, StoreError
 from relume.store import faults, index
+from relume.store.builds import BuildRecord, build_number
 from relume.store.chunks import Tenant
 from relume.store.envelope import Kind, stored_limit, unseal, unseal_signed
 from relume.store.keys import Keyring
-from relume.store.layers import LAYERS, BuildRecord
+from relume.store.layers import LAYERS
 from relume.store.lease import Lease, Leases, Standing
 from relume.store.manifest import read_manifest, read_signed
 from relume.store.names import CheckpointName
@@ -87,6 +89,8 @@ class _Collection:
         self._lease = lease
         self._grace_s = grace_s
         self._report = Report(dry_run)
+        self._gone: set[str] = set()
+        """Builds that were deleted, or would have been."""
 
     def run(self) -> Report:
         old = self._store_time() - self._grace_s
@@ -95,6 +99,7 @@ class _Collection:
         if _ANY in busy:
             return self._report
         self._sweep_checkpoints(old)
+        self._sweep_builds(old)
         chunks, layers = self._mark()
         known = {epoch.id.hex() for epoch in self._keyring.epochs}
         for info in [*self._objects.list("layer"), *self._objects.list("chunk")]:
@@ -175,6 +180,18 @@ class _Collection:
         for orphans in working_sets.values():
             self._delete_old(orphans, old)
 
+    def _sweep_builds(self, old: float) -> None:
+        """Delete builds that one made anew of the same inputs has replaced: nobody adopts them any more."""
+        series: dict[str, list[ObjectInfo]] = defaultdict(list)
+        for info in self._objects.list("build"):
+            if build_number(info.name) is not None:
+                series[info.name.rsplit("/", 1)[0]].append(info)
+        for infos in series.values():
+            infos.sort(key=lambda info: build_number(info.name) or 0)
+            replaced = infos[:-1] if infos[-1].modified < old else []
+            self._delete_old(replaced, old)
+            self._gone |= {info.name for info in replaced if info.modified < old}
+
     def _mark(self) -> tuple[set[str], set[str]]:
         """The names of all chunks, and the digests of all layers, that anything which stays still names."""
         chunks: set[str] = set()
@@ -194,6 +211,8 @@ class _Collection:
             chunks |= _chunk_names(Tenant(opened.epoch, manifest.tenant), streams)
             layers |= set(manifest.layers)
         for info in self._objects.list("build"):
+            if info.name in self._gone:
+                continue
             build, _ = read_signed(self._objects, self._keyring, Kind.BUILD, info.name, BuildRecord)
             layers |= {ref.digest for ref in build.layers}
         for info in self._objects.list("layer"):

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from relume.store import archive, gc, layers
+from relume.errors import ObjectMissing, Superseded, Untrusted
+from relume.store import archive, builds, gc, layers
+from relume.store.builds import BuildRecord, LayerRef
 from relume.store.cache import Cache
 from relume.store.exclusive import prove_exclusive
 from relume.store.fetch import Fetched, fetch, fill
 from relume.store.keys import Keyring, KeyWrapper, load_own_key, load_region_key
-from relume.store.layers import LAYERS, BuildRecord
+from relume.store.layers import LAYERS
 from relume.store.lease import LEASE_SECONDS, Lease, Leases
 from relume.store.manifest import Manifest, read_manifest
 from relume.store.names import CheckpointName, lease
@@ -27,6 +32,8 @@ from relume.store.seen import Seen
 from relume.store.upload import Limits, Progress
 from relume.store.verify import Verdict, verify
 from relume.store.working_set import PageRun, publish_working_set
+
+_BUILD = "build"  # stands for the platform in the lease of a build
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,14 @@ class Region:
         self._seen = Seen(state / "seen.json")
         self._scratch = state / "scratch"
         self._scratch.mkdir(mode=0o700, exist_ok=True)
+
+    def with_patience(self, patience: Patience) -> Region:
+        """The same region for somebody with other patience, with counters of its own."""
+        other = copy(self)
+        other.config = replace(self.config, patience=patience)
+        other.objects = Objects(self.config.url, patience=patience)
+        other.leases = Leases(other.objects, self.node, seconds=self.config.lease_s)
+        return other
 
     @property
     def counters(self) -> Counters:
@@ -218,32 +233,81 @@ class Region:
     # Builds
 
     def find_build(self, app: str, inputs: str) -> BuildRecord | None:
-        return layers.find_build(self.objects, self.keyring, app, inputs)
+        """The newest build of these inputs. Raises Untrusted, also for one older than one seen before; StoreError."""
+        found = builds.find_build(self.objects, self.keyring, app, inputs)
+        if found is not None:
+            self._seen.accept(CheckpointName(inputs, _BUILD, found.number))
+        return found
+
+    def build_lease(self, inputs: str) -> Lease:
+        """The right to make and publish the build of these inputs; used as that of a checkpoint. Raises Conflict."""
+        return self.leases.acquire(lease(inputs, _BUILD), tenant=LAYERS)
+
+    def is_building(self, inputs: str) -> bool:
+        """Does another node hold that right, as far as can be told?"""
+        return self.leases.is_alive(lease(inputs, _BUILD))
 
     def publish_build(
-        self, build: BuildRecord, files: dict[str, Path], progress: Progress | None = None
+        self,
+        held: Lease,
+        app: str,
+        inputs: str,
+        facts: dict[str, Any],
+        digests: Sequence[str],
+        pack: Callable[[str, Path], None],
+        progress: Progress | None = None,
     ) -> BuildRecord:
-        """Upload the layers (digest -> file) and then the build; returns the region's build of these inputs.
+        """Upload what the store lacks of the layers (`pack` writes one into a file), and then the build.
 
-        Raises Conflict while another node publishes the same build, StoreError.
+        Raises Superseded when `held` was lost, StoreError, OSError; then nothing became visible.
         """
-        with self.leases.acquire(lease(build.inputs, "build"), tenant=LAYERS).kept() as held:
-            wait_for_sweep(self.leases, held)
-            for ref in build.layers:
-                layers.publish_layer(
-                    self.objects,
-                    self.keyring,
-                    ref.digest,
-                    files[ref.digest],
-                    limits=self.config.limits,
-                    progress=progress or Progress(),
-                )
-            held.check()
-            return layers.publish_build(self.objects, self.keyring, build)
-
-    def remove_build(self, app: str, inputs: str) -> None:
-        """Forget a build; its layers go with a collection unless another build or a checkpoint names them."""
-        layers.remove_build(self.objects, self.keyring, app, inputs)
+        wait_for_sweep(self.leases, held)
+        refs = []
+        for digest in digests:
+            size = layers.publish_layer(
+                self.objects,
+                self.keyring,
+                digest,
+                partial(pack, digest),
+                self._scratch,
+                limits=self.config.limits,
+                progress=progress or Progress(),
+                check=held.check,
+            )
+            refs.append(LayerRef(digest=digest, size=size))
+        build = BuildRecord(app=app, inputs=inputs, number=held.number, facts=facts, layers=tuple(refs))
+        held.check()
+        if not builds.publish_build(self.objects, self.keyring, build):
+            raise Superseded(f"the build {held.number} of {inputs} is in the store already")
+        self._seen.accept(CheckpointName(inputs, _BUILD, build.number))
+        return build
 
     def fetch_layer(self, digest: str, file: Path) -> None:
-        layers.fetch_layer(self.objects, self.keyring, digest, file)
+        layers.fetch_layer(self.objects, self.keyring, digest, file, parallel=self.config.limits.parallel)
+
+    def builds(self, app: str) -> list[BuildRecord]:
+        """Every build of an app that can be read, oldest first. Raises StoreError."""
+        found = []
+        infos = builds.list_builds(self.objects, self.keyring, app)
+        for info in sorted(infos, key=lambda info: info.modified):
+            with suppress(ObjectMissing, Untrusted):
+                found.append(builds.read_build(self.objects, self.keyring, info.name, app))
+        return found
+
+    def remove_builds(self, app: str, chosen: Callable[[BuildRecord], bool] = lambda _: True) -> int:
+        """Forget an app's builds, those that cannot be read too when all go; returns how many.
+
+        Their layers go with a collection unless another build or a checkpoint names them. Raises StoreError.
+        """
+        removed = 0
+        for info in builds.list_builds(self.objects, self.keyring, app):
+            try:
+                doomed = chosen(builds.read_build(self.objects, self.keyring, info.name, app))
+            except ObjectMissing:
+                continue
+            except Untrusted:
+                doomed = False
+            if doomed:
+                self.objects.delete(info.name)
+                removed += 1
+        return removed

@@ -134,7 +134,14 @@ def node(state: Path) -> Iterator[FakeNode]:
             "DELETE /v1/secrets/hello": lambda _: {"removed": "A"},
         }
         made.lines("POST /v1/apps/hello/start", {"progress": "restoring cp-1"}, {"result": STARTED})
-        built = {"app": "hello", "build_id": "b-1", "seconds": 12.34}
+        built = {
+            "app": "hello",
+            "build_id": "b-1",
+            "how": "built",
+            "in_region": False,
+            "reason": "it is away",
+            "seconds": 12.34,
+        }
         made.lines(
             "POST /v1/deploy",
             {"progress": "Loaded 3 files"},

@@ -80,16 +80,23 @@ def test_deploy(node: Any, relume: Relume) -> None:
     shape = SHAPES / "fastapi-custom"
     ran = relume("deploy", shape, "-y", "--fresh", "--name", "other")
     assert ran.status == 0
-    assert ran.out == "✓ hello is deployed in 12.3 s: build b-1\n"
+    assert ran.out == "✓ hello is deployed in 12.3 s: build b-1 (built, not in the region)\n"
     lines = ran.err.splitlines()
     assert "DEPLOYMENT CONFIGURATION" in lines
-    assert lines[-4:] == ["✓ Loaded 3 files", "  pip: numpy", "✓ Built app", "  next: relume start hello"]
+    assert lines[-5:] == [
+        "✓ Loaded 3 files",
+        "  pip: numpy",
+        "✓ Built app",
+        "! the region: it is away",
+        "  next: relume start hello",
+    ]
     assert node.calls == [("POST", "/v1/deploy", {"directory": str(shape), "fresh": True, "name": "other"})]
 
 
 def test_deploy_as_json(node: Any, relume: Relume) -> None:
     ran = relume("deploy", SHAPES / "minimal", "-y", "-o", "json")
-    assert ran.json == {"app": "hello", "build_id": "b-1", "seconds": 12.34}
+    assert (ran.json["app"], ran.json["build_id"], ran.json["seconds"]) == ("hello", "b-1", 12.34)
+    assert (ran.json["how"], ran.json["in_region"], ran.json["reason"]) == ("built", False, "it is away")
 
 
 def test_deploy_with_another_file_hands_on_an_absolute_path(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from relume.store import LocalCheckpoint, Patience, Region, RegionConfig, faults, new_key_file
+from relume.store import BuildRecord, LocalCheckpoint, Patience, Region, RegionConfig, faults, new_key_file
 from relume.store.chunks import PAGE
 
 IMPATIENT = Patience(bound_s=2.0, request_s=2.0, first_wait_s=0.01, longest_wait_s=0.05)
@@ -73,3 +75,15 @@ def checkpoint(tmp_path: Path) -> LocalCheckpoint:
 def no_faults() -> Iterator[None]:
     yield
     faults.install(None)
+
+
+def publish_build(
+    region: Region, app: str, inputs: str, digest: str, layer: Path, facts: dict[str, Any] | None = None
+) -> BuildRecord:
+    """A build of one layer, whose file is `layer`."""
+
+    def pack(_: str, file: Path) -> None:
+        shutil.copyfile(layer, file)
+
+    with region.build_lease(inputs).kept() as lease:
+        return region.publish_build(lease, app, inputs, facts or {}, [digest], pack)

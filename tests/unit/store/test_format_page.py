@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from relume.store import bundle, chunks, envelope, gc, manifest, working_set
+from relume.store.builds import BuildRecord
 from relume.store.envelope import LIMITS, Kind
 from relume.store.keys import Epoch
-from relume.store.layers import BuildRecord
 from relume.store.manifest import Manifest, Sizes
 from relume.store.names import CheckpointName
 from relume.store.working_set import WorkingSetList

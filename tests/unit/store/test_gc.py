@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from relume.errors import Conflict, Superseded, Untrusted
+from relume.errors import Conflict, ObjectMissing, Superseded, Untrusted
 from relume.store import CheckpointName, LocalCheckpoint, PageRun, Region, faults, read_from_files
 
-from .conftest import write_checkpoint
+from .conftest import publish_build, write_checkpoint
 
 Nodes = Callable[..., Region]
 
@@ -172,39 +172,50 @@ def test_one_collection_at_a_time(node: Nodes) -> None:
 
 
 def test_layers_keep_their_chunks(node: Nodes, tmp_path: Path) -> None:
-    from relume.store import BuildRecord, LayerRef
-
     a = node("a")
     layer = tmp_path / "layer"
     layer.write_bytes(b"layer" * 10_000)
-    ref = LayerRef(digest="d" * 64, size=50_000)
-    a.publish_build(BuildRecord(app="x", inputs="i", facts={}, layers=(ref,)), {"d" * 64: layer})
+    publish_build(a, "x", "i", "d" * 64, layer)
     time.sleep(0.02)
     assert a.collect(dry_run=False).objects == 0
     a.fetch_layer("d" * 64, tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == layer.read_bytes()
-    a.remove_build("x", "i")
+    assert a.remove_builds("x") == 1
     time.sleep(0.02)
     a.collect(dry_run=False)
     a.collect(dry_run=False)
     assert [objects(tmp_path, kind) for kind in ("layer", "chunk", "build")] == [0, 0, 0]
 
 
+def test_a_build_that_was_made_anew_replaces_the_one_before(node: Nodes, tmp_path: Path) -> None:
+    a = node("a")
+    layers = {digit: tmp_path / digit for digit in "de"}
+    for digit, layer in layers.items():
+        layer.write_bytes(digit.encode() * 70_000)
+        publish_build(a, "x", "i", digit * 64, layer)
+        time.sleep(0.02)
+    assert [build.number for build in a.builds("x")] == [1, 2]
+    seen = a.collect()
+    assert a.collect(dry_run=False).objects == seen.objects
+    a.collect(dry_run=False)
+    assert [build.number for build in a.builds("x")] == [2]
+    a.fetch_layer("e" * 64, tmp_path / "copy")
+    with pytest.raises(ObjectMissing):
+        a.fetch_layer("d" * 64, tmp_path / "none")
+
+
 def test_layers_that_a_checkpoint_needs_stay(
     node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path
 ) -> None:
-    from relume.store import BuildRecord, LayerRef
-
     a = node("a")
     layer = tmp_path / "layer"
     layer.write_bytes(b"layer" * 10_000)
-    ref = LayerRef(digest=checkpoint.layers[0], size=50_000)
-    a.publish_build(BuildRecord(app="x", inputs="i", facts={}, layers=(ref,)), {ref.digest: layer})
+    publish_build(a, "x", "i", checkpoint.layers[0], layer)
     published(a, checkpoint)
-    a.remove_build("x", "i")
+    assert a.remove_builds("x") == 1
     time.sleep(0.02)
     a.collect(dry_run=False)
-    a.fetch_layer(ref.digest, tmp_path / "copy")
+    a.fetch_layer(checkpoint.layers[0], tmp_path / "copy")
 
 
 def test_old_leases_and_working_sets_go(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from relume.errors import Conflict, ObjectMissing, StoreError, Superseded, Untru
 from relume.store import CheckpointName, LocalCheckpoint, PageRun, Progress, Region, faults, read_from_files
 from relume.store.chunks import PAGE
 
-from .conftest import write_checkpoint
+from .conftest import publish_build, write_checkpoint
 
 Nodes = Callable[..., Region]
 
@@ -297,22 +297,57 @@ def test_export_and_import(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: P
 
 
 def test_layers_and_builds(node: Nodes, tmp_path: Path) -> None:
-    from relume.store import BuildRecord, LayerRef
-
     a, b = node("a"), node("b")
     layer = tmp_path / "layer.tar"
     layer.write_bytes(b"a layer" * 100_000)
-    ref = LayerRef(digest="d" * 64, size=layer.stat().st_size)
-    build = BuildRecord(app="an-app", inputs="inputs-1", facts={"numpy": "2.0"}, layers=(ref,))
     assert b.find_build("an-app", "inputs-1") is None
-    assert a.publish_build(build, {"d" * 64: layer}) == build
+    build = publish_build(a, "an-app", "inputs-1", "d" * 64, layer, {"numpy": "2.0"})
+    assert (build.number, build.layers[0].size) == (1, layer.stat().st_size)
     assert b.find_build("an-app", "inputs-1") == build
-    other = build.model_copy(update={"facts": {"numpy": "2.1"}})
-    assert b.publish_build(other, {"d" * 64: layer}) == build
+    assert b.find_build("another-app", "inputs-1") is None
     b.fetch_layer("d" * 64, tmp_path / "copy.tar")
     assert (tmp_path / "copy.tar").read_bytes() == layer.read_bytes()
     with pytest.raises(ObjectMissing):
         b.fetch_layer("e" * 64, tmp_path / "none.tar")
+
+
+def test_the_newest_build_counts(node: Nodes, tmp_path: Path) -> None:
+    a, b = node("a"), node("b")
+    layer = tmp_path / "layer.tar"
+    layer.write_bytes(b"a layer" * 1000)
+    for version in ("2.0", "2.1"):
+        publish_build(a, "x", "i", "d" * 64, layer, {"numpy": version})
+    newest = b.find_build("x", "i")
+    assert newest is not None and (newest.number, newest.facts) == (2, {"numpy": "2.1"})
+    (record,) = (tmp_path / "store").rglob("build/*/*/i/2")
+    record.unlink()
+    with pytest.raises(Untrusted, match="this node has seen 2"):
+        b.find_build("x", "i")
+
+
+def test_one_builder_at_a_time(node: Nodes, tmp_path: Path) -> None:
+    a, b = node("a"), node("b")
+    with a.build_lease("i").kept():
+        with pytest.raises(Conflict):
+            b.build_lease("i")
+        assert b.is_building("i")
+    assert not b.is_building("i")
+    assert b.build_lease("i").number == 2
+
+
+@pytest.mark.parametrize("kind", ["build/*/*/i/1", "layer/*/*/*"])
+def test_a_build_with_a_flipped_bit_is_refused(node: Nodes, tmp_path: Path, kind: str) -> None:
+    layer = tmp_path / "layer.tar"
+    layer.write_bytes(b"a layer" * 1000)
+    publish_build(node("a"), "x", "i", "d" * 64, layer)
+    (found,) = (tmp_path / "store").glob(kind)
+    content = bytearray(found.read_bytes())
+    content[len(content) // 2] ^= 1
+    found.write_bytes(content)
+    with pytest.raises(Untrusted):
+        b = node("b")
+        b.find_build("x", "i")
+        b.fetch_layer("d" * 64, tmp_path / "copy")
 
 
 def test_a_store_that_is_gone_is_a_clear_error(

@@ -6,6 +6,7 @@ Only a node with ``[store] url`` has one (and imports :mod:`relume.store`). One 
 - ``uploads``: the right to make a checkpoint, and its way into the store;
 - ``learned``: working sets, to the store and from it;
 - ``copies``: checkpoints of the region on this disk, whole or partial;
+- ``builds``: builds that another node made, and this node's for the others;
 - ``catalogue``: the verbs of ``relume checkpoints`` that look into the store;
 - ``folder``: what the region keeps beside a checkpoint's own files.
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
+from relume.build import Build, Builder
 from relume.checkpoint.platform import Platform
 from relume.checkpoint.shelf import Shelf
 from relume.config import NodeConfig
 from relume.errors import StoreError
+from relume.node.region.builds import Builds
 from relume.node.region.catalogue import Catalogue
 from relume.node.region.copies import Copies
 from relume.node.region.learned import Learned
@@ -32,7 +34,7 @@ class NodeRegion:
         *,
         shelf: Shelf,
         platform: Platform,
-        layers_of: Callable[[str], tuple[str, ...]],
+        builder: Builder,
         spawn: Spawn,
     ) -> None:
         """Raises ConfigError for a URL or key file that will not do. Talks to nobody yet."""
@@ -45,12 +47,13 @@ class NodeRegion:
         )
         self._view = View(settings, state, node_id, platform)
         self._learned = Learned(self._view, shelf)
-        self.uploads = Uploads(self._view, self._learned, shelf, layers_of, spawn)
+        self.uploads = Uploads(self._view, self._learned, shelf, builder, spawn)
         self.copies = Copies(self._view, self._learned, shelf, spawn)
+        self.builds = Builds(self._view, builder, spawn)
         self.catalogue = Catalogue(self._view, shelf)
 
-    async def open(self) -> None:
-        """Clean up, prove the store, take up what was left undone.
+    async def open(self, deployed: Iterable[Build]) -> None:
+        """Clean up, prove the store, take up what was left undone; ``deployed`` are the builds in use here.
 
         Raises StoreError for a store that answers and won't do. One that does not answer is proved later.
         """
@@ -63,6 +66,7 @@ class NodeRegion:
             log.warning("the store is not used for publishing until it answers: %s", error.message)
         self.copies.link_whole()
         self.uploads.take_up()
+        self.builds.take_up(deployed)
         if self._prefetching:
             self._spawn(self.copies.watch())
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from relume.build import Builder
 from relume.checkpoint import shelf as shelves
 from relume.checkpoint.capture import Elsewhere
 from relume.checkpoint.shelf import Checkpoint, Shelf
@@ -26,7 +27,7 @@ from relume.store import Lease, LocalCheckpoint, Progress
 
 log = logging.getLogger(__name__)
 
-_AGAIN_S = (5.0, 30.0, 120.0)
+AGAIN_S = (5.0, 30.0, 120.0)
 """Seconds before a failed upload is tried again; the last for ever."""
 
 Spawn = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -55,15 +56,14 @@ class Uploads:
         view: View,
         learned: Learned,
         shelf: Shelf,
-        layers_of: Callable[[str], tuple[str, ...]],
+        builder: Builder,
         spawn: Spawn,
     ) -> None:
-        """``layers_of`` gives the digests of a build's layers, and raises NotFound for one that is gone."""
         self.spawn = spawn
         self._view = view
         self._learned = learned
         self._shelf = shelf
-        self._layers_of = layers_of
+        self._builder = builder
         self._running: dict[str, Progress] = {}
 
     def progress(self, checkpoint_id: str) -> str | None:
@@ -129,7 +129,7 @@ class Uploads:
                 except (RelumeError, OSError) as error:
                     if not self._shelf.directory(checkpoint_id).is_dir():
                         return  # removed meanwhile
-                    pause = _AGAIN_S[min(tries, len(_AGAIN_S) - 1)]
+                    pause = AGAIN_S[min(tries, len(AGAIN_S) - 1)]
                     log.warning("upload of %s: %s; again in %.0f s", checkpoint_id, error, pause)
                 tries += 1
                 await asyncio.to_thread(kept.close)
@@ -165,7 +165,7 @@ class Uploads:
                 files=held if held.is_dir() and any(held.iterdir()) else None,
                 companions=[directory / shelves.RECORD, directory / folder.ROOT],
                 facts=dataclasses.asdict(checkpoint),
-                layers=self._layers_of(checkpoint.build_id),
+                layers=[layer.digest for layer in self._builder.load(checkpoint.build_id).layers],
             ),
             progress,
         )

@@ -7,7 +7,6 @@ waits, and counters that no upload adds to.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 from pathlib import Path
 
@@ -31,7 +30,7 @@ class View:
         self.node_id = node_id
         self.platform = platform
         self.region = Region(settings, state, node_id)
-        self.starts = Region(dataclasses.replace(settings, patience=_START_PATIENCE), state, node_id)
+        self.starts = self.region.with_patience(_START_PATIENCE)
         self.refused: dict[str, str] = {}
         """Why not, by a checkpoint's id in the store."""
         self.foreign: dict[str, str] = {}
