@@ -143,7 +143,7 @@ class Builds:
         work = asyncio.ensure_future(asyncio.to_thread(self._send, build, lease, progress))
         try:
             while not (await asyncio.wait([work], timeout=_SAY_S))[0]:
-                say(f"region: layers {progress}")
+                say(f"region: sending layers, {progress if progress.total else 'packing'}")
         finally:
             await asyncio.wait([work])
         work.result()
