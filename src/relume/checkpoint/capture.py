@@ -25,7 +25,7 @@ from relume.checkpoint.forecast import forecast
 from relume.checkpoint.platform import NO_GPU, Offers, Platform, differences
 from relume.checkpoint.policy import Situation, SkipReason, skip
 from relume.checkpoint.shelf import Checkpoint, Intent, Shelf, size_of
-from relume.engine import criulog, edit, held, options, preflight
+from relume.engine import criulog, edit, held, options, preflight, tmpfs
 from relume.engine.jobs import DumpJob, DumpResult
 from relume.errors import (
     GpuError,
@@ -357,6 +357,7 @@ class Capturer:
         started = time.monotonic()
         images = directory / "images"
         edited_images = edit.prepare_images(images, loopback=subject.loopback)
+        tmpfs.lighten(images)
         edited = time.monotonic()
         integrity.record(images)
         hashed = time.monotonic()

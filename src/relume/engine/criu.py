@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from relume.engine import held
+from relume.engine import held, tmpfs
 from relume.engine.gate import Gate
 from relume.engine.jobs import Container, DumpJob, DumpResult, RestoreJob
 from relume.engine.lazy_pages import DAEMON, LazyPages
@@ -70,6 +70,7 @@ class Criu:
         self._on_network = on_network
         self._hook = Gate(self._directory, "hook")
         self._hook.write_hook()
+        tmpfs.install(self._directory / "bin")
         self._stdio: Stdio | None = None
         self.pager: PagerProcess | LazyPages | None = None
         self._making_pager = asyncio.Lock()
@@ -80,6 +81,9 @@ class Criu:
         self.timeline: dict[str, float] = {}
         self._coming: asyncio.subprocess.Process | None = None
         self._doomed = False
+
+    def _environment(self) -> dict[str, str]:
+        return tmpfs.environment(self._runc.environment(), self._directory / "bin")
 
     async def warm_up(self) -> None:
         """Start what a restore will need and what takes time to start."""
@@ -140,7 +144,7 @@ class Criu:
                 self._container.instance_id,
                 log=log,
             ),
-            env=self._runc.environment(),
+            env=self._environment(),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=self._stdio.out,
             stderr=self._stdio.err,
@@ -208,7 +212,7 @@ class Criu:
                     *("--empty-ns", "network", self._container.instance_id),
                     log=Path(job.work) / "runc.log",
                 ),
-                env=self._runc.environment() | {"CRIU_FAULT": _INTERRUPT_ONLY},
+                env=self._environment() | {"CRIU_FAULT": _INTERRUPT_ONLY},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.DEVNULL,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from relume.engine import edit, held
+from relume.engine import edit, held, tmpfs
 from relume.linux import cgroup, mounts
 from relume.runc import Runc, Spec, find_criu, find_runc
 
@@ -72,6 +72,7 @@ class Checkpoint:
         self.everything = everything
         self.report: dict[str, object] = {}
         self.edits: edit.EditReport | None = None
+        self.empty_tmpfs = 0
 
     @property
     def log(self) -> str:
@@ -129,7 +130,7 @@ class Box:
             stdin=subprocess.DEVNULL,
             stdout=cat.stdin,
             stderr=cat.stdin,
-            env=self.lab.runc.environment() | (env or {}),
+            env=self.lab.environment | (env or {}),
             timeout=50,
         )
         cat.stdin.close()
@@ -178,8 +179,12 @@ class Box:
         everything: bool = False,
         limit: int = 1 << 30,
         check: bool = True,
+        own_tar: bool = True,
     ) -> Checkpoint:
-        """Dump it and let it run on; edits the images as a checkpoint of relume would be."""
+        """Dump it and let it run on; edits the images as a checkpoint of relume would be.
+
+        Without ``own_tar`` the contents of tmpfs mounts are as CRIU alone writes them.
+        """
         made = Checkpoint(self.lab.stored / f"{uuid.uuid4().hex[:8]}", everything=everything)
         job = made.directory / "job.json"
         job.write_text(
@@ -212,7 +217,7 @@ class Box:
                 *("--work-path", str(made.work), "--empty-ns", "network", self.id),
                 log=self.directory / "runc.log",
             ),
-            env=self.lab.runc.environment() | {"CRIU_FAULT": "137"},
+            env=(self.lab.environment if own_tar else self.lab.runc.environment()) | {"CRIU_FAULT": "137"},
             capture_output=True,
             text=True,
             timeout=50,
@@ -221,6 +226,7 @@ class Box:
         made.report = json.loads(report.read_text()) if report.exists() else {}
         if done.returncode == 0:
             made.edits = edit.prepare_images(made.images, loopback=loopback)
+            made.empty_tmpfs = tmpfs.lighten(made.images) if own_tar else 0
         elif check:
             raise AssertionError("\n".join([(self.directory / "runc.log").read_text(), *errors_in(made.log)]))
         return made
@@ -247,6 +253,8 @@ class Lab:
         self.stored.mkdir()
         mounts.mount("tmpfs", self.stored, "tmpfs")
         self.runc = Runc(find_runc(), self.directory / "runc", find_criu())
+        tmpfs.install(self.directory / "bin")
+        self.environment = tmpfs.environment(self.runc.environment(), self.directory / "bin")
         self.boxes: list[Box] = []
         self._lowers: dict[tuple[Path, int], Path] = {}
 
