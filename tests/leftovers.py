@@ -30,7 +30,8 @@ def of_node(relume: Relume, node: str) -> list[str]:
         for pid in _pids()
         if f"RELUME_STATE={relume.state}".encode() in _file(pid, "environ").split(b"\0")
     ]
-    return _below(RUN / node, f"/relume/{node}") + _mentioning(f"{RUN}/{node}") + with_state
+    staged = [f"mount {point}" for point in mounts.under(relume.state)]
+    return _below(RUN / node, f"/relume/{node}") + _mentioning(f"{RUN}/{node}") + with_state + staged
 
 
 def interfaces() -> set[str]:

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from relume.checkpoint import staging
 from relume.checkpoint.device import DeviceMemory, GpuShare, record_of
 from relume.checkpoint.forecast import forecast
 from relume.checkpoint.platform import NO_GPU, Offers, Platform, differences
@@ -105,9 +106,15 @@ class Capturer:
     """Makes the checkpoints of one node, one at a time for each build; with a region, one in all of it."""
 
     def __init__(
-        self, shelf: Shelf, platform: Platform, device: DeviceMemory, region: Region | None = None
+        self,
+        shelf: Shelf,
+        platform: Platform,
+        device: DeviceMemory,
+        region: Region | None = None,
+        dumps_in_memory: staging.Policy = "auto",
     ) -> None:
         """``platform`` is this machine without its GPUs; those are each instance's own."""
+        self._dumps_in_memory = dumps_in_memory
         self._shelf = shelf
         self._platform = platform
         self._device = device
@@ -319,6 +326,8 @@ class Capturer:
         places = {name: directory / name for name in ("images", "work", "held")}
         for place in places.values():
             place.mkdir(mode=0o700)
+        if staging.wanted(expected, staging.measure(), self._dumps_in_memory):
+            staging.stage(places["images"], expected)
         script = Path(subject.keeper.container.runtime) / "post-dump"
         return DumpJob(
             dump_id=intent.dump_id,
@@ -356,6 +365,8 @@ class Capturer:
     def _complete(self, subject: Subject, intent: Intent, result: DumpResult, directory: Path) -> Checkpoint:
         started = time.monotonic()
         images = directory / "images"
+        staged = staging.land(images)
+        landed = time.monotonic()
         edited_images = edit.prepare_images(images, loopback=subject.loopback)
         tmpfs.lighten(images)
         edited = time.monotonic()
@@ -383,7 +394,8 @@ class Capturer:
                 "memwrite_s": times.memwrite_us / 1e6,
                 "held_files_s": result.copy_seconds,
                 "dump_s": result.seconds,
-                "edit_s": edited - started,
+                **({"landing_s": landed - started} if staged else {}),
+                "edit_s": edited - landed,
                 "hash_s": hashed - edited,
             },
             id_base=subject.id_base,

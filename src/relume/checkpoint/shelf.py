@@ -21,6 +21,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from relume.checkpoint import staging
 from relume.checkpoint.platform import Platform
 from relume.errors import NotFound
 from relume.linux.affinity import Affinity
@@ -140,6 +141,7 @@ class Shelf:
         intents = {self.making(intent.dump_id) for intent in self.unfinished()}
         for directory in self.root.glob(".making-*"):
             if directory not in intents:
+                staging.drop(directory)
                 shutil.rmtree(directory, ignore_errors=True)
 
     def completed(self, dump_id: str) -> Checkpoint | None:
@@ -151,6 +153,7 @@ class Shelf:
 
     def abandon(self, dump_id: str) -> None:
         """Leave nothing of a checkpoint that did not come to be."""
+        staging.drop(self.making(dump_id))
         shutil.rmtree(self.making(dump_id), ignore_errors=True)
 
     def publish(self, dump_id: str, checkpoint: Checkpoint) -> None:

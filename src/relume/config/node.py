@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -87,6 +87,12 @@ class NodeSettings(Table):
         bool,
         Key("set vm.unprivileged_userfaultfd=1 while the node runs; without it restores read all memory"),
     ] = True
+    dumps_in_memory: Annotated[
+        Literal["auto", "always", "never"],
+        Key(
+            "write dumps to memory first, and to the disk when the app runs again: auto does where the disk is slower"
+        ),
+    ] = "auto"
     cdi_spec_dirs: Annotated[
         tuple[str, ...],
         Field(strict=False),

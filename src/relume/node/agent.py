@@ -67,7 +67,9 @@ class Node:
         self._region = self._region_of(config)
         self._gpus = Gpus([Path(folder) for folder in config.node.cdi_spec_dirs])
         uploads = self._region.uploads if self._region is not None else None
-        self._capturer = Capturer(self._shelf, self.platform, self._gpus.memory, uploads)
+        self._capturer = Capturer(
+            self._shelf, self.platform, self._gpus.memory, uploads, config.node.dumps_in_memory
+        )
         self.lifecycle = Lifecycle(
             self.places,
             self._state,
