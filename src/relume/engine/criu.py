@@ -61,8 +61,12 @@ class Criu:
         *,
         sink: Sink,
         on_network: Callable[[socket.socket], Awaitable[None]],
+        pager: PagerProcess | None = None,
     ) -> None:
-        """``sink`` gets what it prints; ``on_network`` gets the sidecar's listener as soon as there is one."""
+        """``sink`` gets what it prints; ``on_network`` gets the sidecar's listener as soon as there is one.
+
+        ``pager`` waits for its job; without one it is started when it is needed.
+        """
         self._container = container
         self._runc = Runc(Path(container.runc), Path(container.runc_root), Path(container.criu))
         self._directory = Path(container.runtime)
@@ -72,7 +76,7 @@ class Criu:
         self._hook.write_hook()
         tmpfs.install(self._directory / "bin")
         self._stdio: Stdio | None = None
-        self.pager: PagerProcess | LazyPages | None = None
+        self.pager: PagerProcess | LazyPages | None = pager
         self._making_pager = asyncio.Lock()
         self.network: Network | None = None
         self.pid = 0
@@ -272,7 +276,7 @@ class Criu:
 
     async def _end_with_the_app(self, command: asyncio.subprocess.Process) -> None:
         """CRIU waits for ever for an answer of processes that were killed under it; there is nobody left to harm."""
-        await _end_of(self.pid)
+        await process.ended(self.pid)
         await asyncio.sleep(1.0)  # it notices by itself, mostly
         try:
             os.killpg(command.pid, signal.SIGKILL)
@@ -310,7 +314,7 @@ class Criu:
 
     async def ended(self) -> int:
         """Wait for the container's init; returns its exit code, or 128 + the signal that ended it."""
-        await _end_of(self.pid)
+        await process.ended(self.pid)
         _, status = await asyncio.to_thread(os.waitpid, self.pid, 0)
         code = os.waitstatus_to_exitcode(status)
         if self._stdio is not None:
@@ -339,22 +343,6 @@ class Criu:
 
     def _mark(self, stage: str) -> None:
         self.timeline[stage] = time.monotonic()
-
-
-async def _end_of(pid: int) -> None:
-    """Return when the process has ended, at once if it is no more (pidfd_open(2): readable then)."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    loop = asyncio.get_running_loop()
-    over = asyncio.Event()
-    loop.add_reader(descriptor, over.set)
-    try:
-        await over.wait()
-    finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
 
 
 def _last_error(log: Path) -> str:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from relume.errors import PagerError
+from relume.linux import process
 
 _PATIENCE = 10.0
 _PATIENCE_WITH_STORE = 60.0
@@ -22,15 +25,43 @@ _PATIENCE_WITH_STORE = 60.0
 OnEvent = Callable[[dict[str, Any]], None]
 
 
+class Child(Protocol):
+    """A process of ours, as asyncio's subprocesses are."""
+
+    async def wait(self) -> Any:
+        """Return when it has ended."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
+
+
+class _Forked:
+    """A child that was forked, not made by asyncio."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._ended = False
+
+    async def wait(self) -> None:
+        if not self._ended:
+            await process.ended(self._pid)
+        if not self._ended:  # nobody else has waited meanwhile; from now on the pid may be another's
+            self._ended = True
+            os.waitpid(self._pid, os.WNOHANG)  # noqa: ASYNC222  (it has ended)
+
+    def kill(self) -> None:
+        if not self._ended:
+            process.send(self._pid, signal.SIGKILL)
+
+
 class PagerProcess:
     """One pager. Its events (relume.pager.job) go to ``on_event``."""
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: Any
-    ) -> None:
-        self._process = process
-        self._reader = reader
-        self._writer: asyncio.StreamWriter = writer
+    def __init__(self, child: Child, control: socket.socket) -> None:
+        self._process = child
+        self._control = control
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
         self._listening = asyncio.Event()
         self._done = False
         self._armed = False
@@ -40,10 +71,10 @@ class PagerProcess:
 
     @classmethod
     async def spawn(cls) -> PagerProcess:
-        """Start one that waits for its job; Python's start and the imports are over when it is needed."""
+        """Start one that waits for its job: for a keeper that was not forked with one."""
         ours, theirs = socket.socketpair()
         try:
-            process = await asyncio.create_subprocess_exec(
+            child = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "relume.pager", "--control", str(theirs.fileno())),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
@@ -51,13 +82,18 @@ class PagerProcess:
             )
         finally:
             theirs.close()
-        reader, writer = await asyncio.open_connection(sock=ours)
-        return cls(process, reader, writer)
+        return cls(child, ours)
+
+    @classmethod
+    def of_child(cls, pid: int, control: socket.socket) -> PagerProcess:
+        """One that was forked, and waits for its job at the other end of ``control``."""
+        return cls(_Forked(pid), control)
 
     async def listen(self, job: dict[str, Any]) -> None:
         """Give it its job; returns when CRIU may be started. Raises PagerError."""
         self._armed = True
-        self._reading = asyncio.create_task(self._read())
+        self._reader, self._writer = await asyncio.open_connection(sock=self._control)
+        self._reading = asyncio.create_task(self._read(self._reader))
         self._writer.write(json.dumps(job).encode() + b"\n")
         patience = _PATIENCE_WITH_STORE if job.get("remote") else _PATIENCE
         waits = {asyncio.create_task(self._listening.wait()), self._reading}
@@ -67,11 +103,11 @@ class PagerProcess:
 
     def first_answer(self) -> None:
         """The app has answered: what it needed for that is the working set."""
-        if self._armed and not self._done:
+        if self._writer is not None and self._armed and not self._done:
             self._writer.write(b'{"command": "first_answer"}\n')
 
-    async def _read(self) -> None:
-        while line := await self._reader.readline():
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
             event = json.loads(line)
             match event["event"]:
                 case "listening":
@@ -87,11 +123,14 @@ class PagerProcess:
 
     async def close(self) -> None:
         """End it: one that was never needed, or whose instance is gone, perhaps because of it."""
-        if self._reading is not None and not self._done:
+        if self._writer is not None and self._reading is not None and not self._done:
             # The holder kills first and speaks afterwards: its reason must not be lost with the socket.
             self._writer.write(b'{"command": "stop"}\n')
             await asyncio.wait({self._reading}, timeout=1.0)
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+        else:
+            self._control.close()
         try:
             async with asyncio.timeout(2):
                 await self._process.wait()

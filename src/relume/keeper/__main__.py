@@ -1,30 +1,67 @@
-"""``python -m relume.keeper CONTAINER_JSON``: the keeper process of one instance."""
+"""``python -m relume.keeper FD [--store]``: the process that keepers are forked from (:mod:`relume.keeper.zygote`).
+
+FD is a socket to the node. With --store their pagers have imported what a region's store needs.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+from setproctitle import setproctitle
 
 from relume.engine.jobs import Container
+from relume.engine.paging import PagerProcess
+from relume.keeper import zygote
 from relume.keeper.server import Server
 from relume.linux import process
+from relume.pager import main as pager
 
 SOCKET = "keeper.sock"
 
 
 def main() -> None:
-    """Become the keeper; the one argument is a :class:`Container` as JSON."""
-    container = Container(**json.loads(sys.argv[1]))
-    os.umask(0o022)  # runc makes cgroups and mount points, and the mapped root must be able to look at them
-    process.become_subreaper()
+    """Fork keepers until the node is gone."""
+    if "--store" in sys.argv[2:]:
+        from relume.pager import remote  # noqa: F401  (half a second that nodes without a region are spared)
+    zygote.serve(socket.socket(fileno=int(sys.argv[1])), become_keeper)
+
+
+def become_keeper(container: Container) -> NoReturn:
+    """Be the keeper of ``container`` to its end, with a pager that waits for its job."""
+    setproctitle(f"relume.keeper {container.runtime}")
     process.set_name("relume-keeper")
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # what belongs to the node is not for us
-    asyncio.run(Server(container, Path(container.runtime) / SOCKET).run())
+    ours, theirs = socket.socketpair()
+    pid = os.fork()  # as long as there is no thread: the pager shares descriptors with its holder
+    if pid == 0:
+        ours.close()
+        become_pager(container, theirs)
+    theirs.close()
+    os.umask(0o022)  # runc makes cgroups and mount points, and the mapped root must be able to look at them
+    process.become_subreaper()
+    waiting = PagerProcess.of_child(pid, ours)
+    asyncio.run(Server(container, Path(container.runtime) / SOCKET, waiting).run())
+    os._exit(0)
+
+
+def become_pager(container: Container, control: socket.socket) -> NoReturn:
+    """Be the pager's holder, and its pager."""
+    setproctitle(f"relume.pager {container.runtime}")
+    process.set_name("relume-pager")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    status = pager.main(["--control", str(control.detach())])
+    logging.shutdown()
+    os._exit(status)
 
 
 if __name__ == "__main__":

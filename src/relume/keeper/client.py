@@ -1,4 +1,4 @@
-"""The node's hold on one keeper: start it, reconnect to it, ask it, hear from it."""
+"""The node's hold on one keeper: connect to it, ask it, hear from it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import json
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,19 +43,6 @@ class Keeper:
         self._numbers = itertools.count(1)
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
-
-    @staticmethod
-    async def spawn(container: Container) -> None:
-        """Start the keeper process of ``container`` in a session of its own; returns before it listens."""
-        log = Path(container.runtime) / "keeper.log"
-        with log.open("ab") as errors:
-            await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "relume.keeper", json.dumps(dataclasses.asdict(container))),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=errors,
-                stderr=errors,
-                start_new_session=True,
-            )
 
     @property
     def connected(self) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 
 from relume.engine.criu import Criu
 from relume.engine.jobs import Container, DumpJob, RestoreJob
+from relume.engine.paging import PagerProcess
 from relume.errors import Conflict, EngineError
 from relume.keeper import probe
 from relume.keeper.log import RELUME, Log
@@ -55,10 +56,10 @@ class Assignment:
 class Instance:
     """Holds one container from before its first instruction to after its last."""
 
-    def __init__(self, container: Container, notify: Notify) -> None:
+    def __init__(self, container: Container, notify: Notify, pager: PagerProcess | None = None) -> None:
         self._container = container
         self._notify = notify
-        self._engine = Criu(container, sink=self._printed, on_network=self._network_up)
+        self._engine = Criu(container, sink=self._printed, on_network=self._network_up, pager=pager)
         self._sidecar = Sidecar(checkpoint=self._checkpoint, status=self._status, env=self._env)
         self.published = PublishedPort(self._dial, self._responded)
         self._assignment: Assignment | None = None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from relume.engine.jobs import Container, DumpJob, RestoreJob
+from relume.engine.paging import PagerProcess
 from relume.errors import BadRequest, RelumeError
 from relume.keeper import wire
 from relume.keeper.instance import Assignment, Instance
@@ -31,8 +32,9 @@ _LOOK_AROUND = 5.0
 class Server:
     """Serves one instance on one unix socket."""
 
-    def __init__(self, container: Container, socket_path: Path) -> None:
-        self._instance = Instance(container, self._notify)
+    def __init__(self, container: Container, socket_path: Path, pager: PagerProcess | None = None) -> None:
+        """``pager`` waits for its job, should the instance be a copy."""
+        self._instance = Instance(container, self._notify, pager)
         self._path = socket_path
         self._writer: asyncio.StreamWriter | None = None
         self._over = asyncio.Event()

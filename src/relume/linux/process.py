@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import signal
@@ -30,6 +31,22 @@ def start_time(pid: int) -> int | None:
 def alive(pid: int, started: int) -> bool:
     """Whether the process that was ``pid`` and started then still runs."""
     return start_time(pid) == started
+
+
+async def ended(pid: int) -> None:
+    """Return when the process has ended, at once if it is no more (pidfd_open(2): readable then)."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop = asyncio.get_running_loop()
+    over = asyncio.Event()
+    loop.add_reader(descriptor, over.set)
+    try:
+        await over.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
 
 
 def inner_pid(pid: int) -> int | None:

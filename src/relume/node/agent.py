@@ -21,6 +21,7 @@ from relume.config import NodeConfig, load_app
 from relume.engine.network import pasta
 from relume.errors import BadRequest, NotFound
 from relume.keeper.instance import read_exit_code
+from relume.keeper.zygote import Zygote
 from relume.node import machine
 from relume.node.bringup import BringUp
 from relume.node.deployed import Deployed
@@ -63,7 +64,7 @@ class Node:
         self._shelf = Shelf(state / "checkpoints")
         self._builder = Builder(state / "builds")
         self._ground = Ground(self.places, self._runc)
-        self._spares = Spares(self.places, self._ground, self._runc, outgoing=pasta() is not None)
+        self._spares = Spares(self.places, self._ground, self._runc, Zygote(), outgoing=pasta() is not None)
         self._region = self._region_of(config)
         self._gpus = Gpus([Path(folder) for folder in config.node.cdi_spec_dirs])
         uploads = self._region.uploads if self._region is not None else None

@@ -1,4 +1,4 @@
-"""Keepers that wait: started ahead of need, so that no start of a Python interpreter is in anybody's way."""
+"""Keepers that wait: forked and connected ahead of need, so that nothing of it is in a start's way."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from relume.engine.jobs import Container
 from relume.errors import RelumeError
 from relume.keeper.client import Keeper
+from relume.keeper.zygote import Zygote
 from relume.node.ground import Ground
 from relume.node.places import Places
 from relume.runc import Runc
@@ -24,10 +25,20 @@ _PATIENCE = 2.0
 class Spares:
     """Holds ``count`` connected keepers without an app; a taken one is replaced in the background."""
 
-    def __init__(self, places: Places, ground: Ground, runc: Runc, *, outgoing: bool, count: int = 2) -> None:
+    def __init__(
+        self,
+        places: Places,
+        ground: Ground,
+        runc: Runc,
+        zygote: Zygote,
+        *,
+        outgoing: bool,
+        count: int = 2,
+    ) -> None:
         self._places = places
         self._ground = ground
         self._runc = runc
+        self._zygote = zygote
         self._outgoing = outgoing
         self._count = count
         self._ready: list[Keeper] = []
@@ -71,7 +82,7 @@ class Spares:
         """Start and connect ``keeper``, unless it has waited. Raises RelumeError or OSError."""
         if not keeper.connected:
             self._ground.prepare(self._places.instance(keeper.container.instance_id))
-            await Keeper.spawn(keeper.container)
+            await self._zygote.spawn(keeper.container)
             await keeper.connect()
 
     def _new(self) -> Keeper:
@@ -101,6 +112,7 @@ class Spares:
         await asyncio.gather(*self._making, return_exceptions=True)
         for keeper in self._ready:
             await self._drop(keeper)
+        await self._zygote.close()
 
     async def _drop(self, keeper: Keeper) -> None:
         await keeper.end()

@@ -35,6 +35,7 @@ class FakeEngine:
         *,
         sink: Callable[[bytes, str], None],
         on_network: Callable[..., Awaitable[None]],
+        pager: object = None,
     ) -> None:
         self._on_network = on_network
         self._child: asyncio.subprocess.Process | None = None

@@ -30,6 +30,16 @@ class Ground:
         self.there.discard(instance_id)
 
 
+class FakeZygote:
+    """Forks nothing."""
+
+    async def spawn(self, container: Container) -> int:
+        return 1
+
+    async def close(self) -> None:
+        pass
+
+
 class FakeKeeper:
     """Comes up at once, or when ``gate`` opens, or (``broken``) never."""
 
@@ -42,10 +52,6 @@ class FakeKeeper:
         self.lost = asyncio.Event()
         self.ended = self.closed = self.connected = False
         self.made.append(self)
-
-    @staticmethod
-    async def spawn(container: Container) -> None:
-        pass
 
     async def connect(self) -> dict[str, Any]:
         await self.gate.wait()
@@ -74,7 +80,7 @@ class Bench:
         self.ground = Ground()
         runc = Runc(Path("/bin/runc"), Path("/r"), Path("/c"))
         places = Places(Path("/state"), "n1")
-        self.spares = Spares(places, self.ground, runc, outgoing=False, count=count)  # type: ignore[arg-type]
+        self.spares = Spares(places, self.ground, runc, FakeZygote(), outgoing=False, count=count)  # type: ignore[arg-type]
 
 
 @pytest.fixture
