@@ -1,8 +1,8 @@
 """The process beside each instance, and the node's client for it.
 
 Why it exists: an instance must not notice that the node dies. So everything that an instance hangs on lives
-in a process of its own, small and simple, which is forked ahead of need (:mod:`relume.keeper.zygote`) and which the node
-reconnects to:
+in a process of its own, small and simple, which is forked ahead of need (:mod:`relume.keeper.zygote`) and which
+the node reconnects to:
 
 - the pipes of stdout and stderr, the log, the exit status (the keeper is a child subreaper);
 - the sidecar's listener inside the instance's network namespace, with its requests in flight;
