@@ -31,6 +31,8 @@ ACTIONS.update(
     rings=lambda _: errno_of(425, 8, 0),
     namespaces=lambda _: errno_of(272, 0x10000000),
     faults=lambda _: errno_of(323, 0),
+    counters=lambda _: errno_of(298, __import__("struct").pack("IIQ", 1, 112, 0) + bytes(96), 0, -1, -1, 0),
+    bpf=lambda _: errno_of(321, 0, __import__("struct").pack("IIIII", 2, 4, 8, 1, 0) + bytes(60), 72),
     privileges=lambda _: [line for line in open("/proc/self/status") if line.startswith(("NoNewPrivs", "CapEff"))],
     keys=lambda _: open("/proc/keys").read(),
     groups=lambda _: sorted({line.split(":", 2)[2].strip() for line in open("/proc/self/cgroup")}),
@@ -77,6 +79,8 @@ def test_what_an_app_finds_inside(relume: Relume, app: App) -> None:
             assert get(instance, "/rings") == 38, "io_uring_setup: ENOSYS"
             assert get(instance, "/namespaces") == 1, "unshare(NEWUSER): EPERM"
             assert get(instance, "/faults") == 1, "userfaultfd: EPERM"
+            assert get(instance, "/counters") == 1, "perf_event_open: EPERM"
+            assert get(instance, "/bpf") == 1, "bpf: EPERM"
             assert "NoNewPrivs:\t1\n" in get(instance, "/privileges")
             assert get(instance, "/keys") == ""
             assert get(instance, "/facts")["uid"] == 0
