@@ -414,6 +414,9 @@ class Capturer:
             return _unsupported(subject, result.culprits)
         if result.app_gone:
             return _answer(subject, "failed", "engine", message="the app ended during its checkpoint")
+        if result.killed:
+            message = f"{result.killed} was killed during the checkpoint"
+            return _answer(subject, "failed", "engine", message=message)
         verdict = criulog.explain(directory / "work" / "dump.log")
         log.warning("dump of %s failed: %s (%s)", subject.instance_id, result.error, verdict.reason)
         if verdict.culprits:

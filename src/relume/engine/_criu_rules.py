@@ -41,10 +41,24 @@ def _rule(
 _CLOSE = "close it before the request"
 _AGAIN = "an event loop takes it up in a moment; the checkpoint is tried again then"
 _RING = "switch io_uring off in the program, or let the default seccomp profile answer ENOSYS"
+_MEMORY = "if nobody did it on purpose, see the kernel's log for one that ran out of memory"
 _NEW = "take a new checkpoint"
 _SANDBOX = "containers and sandboxes inside the container cannot be saved; start without them"
 
 DUMP = (
+    # criu/include/util.h, compel/src/lib/infect-rpc.c: it went away under CRIU's hands
+    _rule(
+        r"Can't open (?P<pid>\d+)/\S+ on procfs: No such process",
+        "a process of the app was killed during the checkpoint",
+        _MEMORY,
+        "engine",
+    ),
+    _rule(
+        r"Failed to read ack: Connection reset by peer",
+        "a process of the app was killed during the checkpoint",
+        _MEMORY,
+        "engine",
+    ),
     # criu/proc_parse.c, parasite.c: mappings and descriptors that cannot be opened or passed on
     _rule(r"Unknown shit \d+ \(anon_inode:\[io_uring\]\)", "maps an io_uring ring", _RING),
     _rule(r"Unknown shit \d+ \(/secretmem", "holds memory from memfd_secret", "free it before the request"),

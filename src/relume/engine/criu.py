@@ -42,6 +42,9 @@ _ALONE = ("unshare", "--mount", "--propagation", "private", "--")
 """runc and CRIU get a mount namespace of their own: CRIU mounts cgroup hierarchies for a moment (its cgyard),
 and a runc that boots another container at that moment would find them and fail."""
 
+_KILLED_PAUSE = 0.5
+"""Seconds between two looks for a process that was killed while it was frozen."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Copied:
@@ -223,20 +226,20 @@ class Criu:
                 start_new_session=True,
             )
             copying = asyncio.create_task(self._copy_held(gate, job))
-            watchdogs = [
-                asyncio.create_task(self._thaw_after(job.timeout, command)),
-                asyncio.create_task(self._end_with_the_app(command)),
-            ]
+            late = asyncio.create_task(self._thaw_after(job.timeout, command))
+            killed = asyncio.create_task(self._end_when_killed(command))
             code = await command.wait()
-            for watchdog in watchdogs:
-                watchdog.cancel()
+            late.cancel()
+            victim = killed.result() if killed.done() else ""
+            killed.cancel()
             if code != 0 and not copying.done():
                 copying.cancel()
             result = await asyncio.gather(copying, return_exceptions=True)
         finally:
             gate.close()
             await asyncio.to_thread(cgroup.thaw, self._container.cgroup)
-        return self._dump_result(job, code, result[0], time.monotonic() - started)
+        dumped = self._dump_result(job, code, result[0], time.monotonic() - started)
+        return dataclasses.replace(dumped, killed="" if dumped.app_gone else victim)
 
     async def _copy_held(self, gate: Gate, job: DumpJob) -> _Copied:
         await gate.arrival()
@@ -269,24 +272,33 @@ class Criu:
         process.send(command.pid, signal.SIGTERM)
         await asyncio.sleep(5)
         cgroup.thaw(self._container.cgroup)
-        try:
-            os.killpg(command.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        _end_session(command)
 
-    async def _end_with_the_app(self, command: asyncio.subprocess.Process) -> None:
-        """CRIU waits for ever for an answer of processes that were killed under it; there is nobody left to harm."""
-        await process.ended(self.pid)
-        await asyncio.sleep(1.0)  # it notices by itself, mostly
-        try:
-            os.killpg(command.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+    async def _end_when_killed(self, command: asyncio.subprocess.Process) -> str:
+        """End a dump in which a process was killed; returns which. CRIU would wait for it for ever.
+
+        It waits for the process ("Waiting for N to trap"), whose end the kernel does not tell before CRIU has
+        taken note of each of its threads. For the same reason neither its parent nor a pidfd hears of that end,
+        so /proc is looked at. The others go on: CRIU's code in them leaves when its socket to CRIU closes.
+        """
+        seen: set[int] = set()
+        waited_for: set[int] = set()
+        while True:
+            await asyncio.sleep(_KILLED_PAUSE)
+            seen.update(cgroup.processes(self._container.cgroup))  # which lists no dead ones
+            dead = {pid for pid in seen if process.exiting(pid) and process.traced(pid)}
+            if both := dead & waited_for:  # CRIU takes note by itself, mostly
+                pid = min(both)
+                victim = f"{process.name(pid)} (pid {process.inner_pid(pid)})"
+                break
+            waited_for = dead
+        _end_session(command)
+        return victim
 
     def _dump_result(
         self, job: DumpJob, code: int, copied: _Copied | BaseException, seconds: float
     ) -> DumpResult:
-        gone = process.start_time(self.pid) is None
+        gone = process.exiting(self.pid)
         if isinstance(copied, Unsupported):
             return DumpResult(
                 job.dump_id,
@@ -330,8 +342,7 @@ class Criu:
     def _end_coming(self) -> None:
         """runc, the CRIU and the hook it runs: a session of their own. The cgroup holds the container's part."""
         if self._coming is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._coming.pid, signal.SIGKILL)
+            _end_session(self._coming)
 
     async def close(self) -> None:
         """End what is left of it: stray processes, pasta, the hook's FIFOs."""
@@ -343,6 +354,12 @@ class Criu:
 
     def _mark(self, stage: str) -> None:
         self.timeline[stage] = time.monotonic()
+
+
+def _end_session(command: asyncio.subprocess.Process) -> None:
+    """SIGKILL a command that was started with a session of its own, and what it runs."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(command.pid, signal.SIGKILL)
 
 
 def _last_error(log: Path) -> str:

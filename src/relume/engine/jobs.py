@@ -86,3 +86,5 @@ class DumpResult:
     affinity: Affinity = dataclasses.field(default_factory=list)
     """Threads that are kept from some processors."""
     app_gone: bool = False
+    killed: str = ""
+    """The process that was killed while it was frozen, when others of the app live on."""

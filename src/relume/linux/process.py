@@ -13,6 +13,8 @@ from relume.linux import syscall
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
+_PF_EXITING = 0x4
+"""include/linux/sched.h; in field 9 of proc_pid_stat(5)."""
 
 
 def start_time(pid: int) -> int | None:
@@ -26,6 +28,24 @@ def start_time(pid: int) -> int | None:
         return None
     fields = stat[stat.rindex(b")") + 2 :].split()
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def exiting(pid: int) -> bool:
+    """Whether ``pid`` is gone, or as good as: a zombie, or past its last instruction (PF_EXITING).
+
+    The first process of a pid namespace exits for as long as others in there are not reaped.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return True
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
+
+
+def traced(pid: int) -> bool:
+    """Whether a tracer has hold of ``pid`` (proc_pid_status(5), TracerPid)."""
+    return _status(pid, "TracerPid") not in (None, "0")
 
 
 def alive(pid: int, started: int) -> bool:
@@ -51,13 +71,13 @@ async def ended(pid: int) -> None:
 
 def inner_pid(pid: int) -> int | None:
     """The pid that ``pid`` has in its innermost pid namespace (proc_pid_status(5), NSpid)."""
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("NSpid:"):
-                return int(line.split()[-1])
-    except OSError:
-        pass
-    return None
+    pids = _status(pid, "NSpid")
+    return int(pids.split()[-1]) if pids else None
+
+
+def name(pid: int) -> str:
+    """What ps shows as its command; a zombie still has it. Empty when it is gone."""
+    return _status(pid, "Name") or ""
 
 
 def send(pid: int, number: signal.Signals) -> None:
@@ -96,10 +116,15 @@ def _prctl(option: int, value: int) -> None:
 
 def catches(pid: int, number: signal.Signals) -> bool:
     """Whether ``pid`` has a handler for the signal (proc_pid_status(5), SigCgt)."""
+    return bool(int(_status(pid, "SigCgt") or "0", 16) >> (number - 1) & 1)
+
+
+def _status(pid: int, field: str) -> str | None:
+    """A line of proc_pid_status(5); None when the process is gone."""
     try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
+            if line.startswith(f"{field}:"):
+                return line.partition(":")[2].strip()
     except OSError:
         pass
-    return False
+    return None

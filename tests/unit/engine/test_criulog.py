@@ -124,6 +124,16 @@ ABOUT_ONE = [
 
 ABOUT_ALL = [
     (
+        "(00.5) Error (criu/include/util.h:211): Can't open 11260/pagemap on procfs: No such process",
+        "engine",
+        "was killed during the checkpoint",
+    ),
+    (
+        "(00.5) Error (compel/src/lib/infect-rpc.c:41): Failed to read ack: Connection reset by peer",
+        "engine",
+        "was killed during the checkpoint",
+    ),
+    (
         "(00.02) Error (criu/filesystems.c:650): mnt: mqueue isn't empty",
         "unsupported",
         "POSIX message queues",

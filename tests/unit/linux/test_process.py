@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from relume.linux import process, syscall
+
+_PTRACE_SEIZE = 0x4206
+_WALL = 0x40000000
 
 
 def test_identity_of_a_process(tmp_path: Path) -> None:
@@ -29,6 +34,34 @@ def test_identity_of_a_process(tmp_path: Path) -> None:
     child.wait()
     assert process.start_time(child.pid) is None
     assert not process.alive(child.pid, started)
+
+
+def test_killed_under_a_tracer() -> None:
+    """Nobody hears of the end before the tracer has taken note of each thread, a pidfd neither; /proc tells."""
+    code = (
+        "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start();"
+        "print(flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert not process.traced(child.pid)
+        threads = [int(each.name) for each in Path(f"/proc/{child.pid}/task").iterdir()]
+        for thread in threads:
+            assert syscall.libc().ptrace(_PTRACE_SEIZE, thread, None, None) == 0
+        assert process.traced(child.pid) and not process.exiting(child.pid)
+        pidfd = os.pidfd_open(child.pid)
+        child.kill()
+        while not process.exiting(child.pid):
+            time.sleep(0.01)
+        assert process.traced(child.pid)
+        assert process.name(child.pid).startswith("python")
+        assert not select.select([pidfd], [], [], 0.1)[0], "the kernel tells: the look at /proc is not needed"
+        for thread in sorted(threads, reverse=True):
+            os.waitpid(thread, _WALL)
+        os.close(pidfd)
+        assert process.exiting(child.pid) and not process.traced(child.pid)
+        assert process.name(child.pid) == ""
 
 
 def test_a_signal_to_nobody_is_no_error() -> None:
