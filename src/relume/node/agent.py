@@ -23,12 +23,14 @@ from relume.errors import BadRequest, NotFound
 from relume.keeper.instance import read_exit_code
 from relume.keeper.zygote import Zygote
 from relume.node import machine
+from relume.node.background import Background
 from relume.node.bringup import BringUp
 from relume.node.deployed import Deployed
 from relume.node.gpus import Gpus
 from relume.node.ground import Ground
 from relume.node.lifecycle import Lifecycle
 from relume.node.places import Places
+from relume.node.requests import subject
 from relume.node.secrets import Secrets
 from relume.node.settings import Settings
 from relume.node.spares import Spares
@@ -65,6 +67,7 @@ class Node:
         self._builder = Builder(state / "builds")
         self._ground = Ground(self.places, self._runc)
         self._spares = Spares(self.places, self._ground, self._runc, Zygote(), outgoing=pasta() is not None)
+        self.background = Background()
         self._region = self._region_of(config)
         self._gpus = Gpus([Path(folder) for folder in config.node.cdi_spec_dirs])
         uploads = self._region.uploads if self._region is not None else None
@@ -78,6 +81,8 @@ class Node:
             self._capturer,
             self._ground,
             self._spares,
+            self.background,
+            self._region,
             gpus=self._gpus,
             build_of=self._build_of,
             bringup=BringUp(
@@ -85,12 +90,11 @@ class Node:
                 self._shelf,
                 self._ground,
                 self._gpus,
+                self._region,
                 log_limit=config.node.max_log_bytes,
                 pages_lazily=self.pages_lazily,
             ),
         )
-
-        self.lifecycle.region = self.lifecycle.bringup.region = self._region
 
     def _region_of(self, config: NodeConfig) -> NodeRegion | None:
         """None without ``[store] url``; then nothing of the store room is even imported."""
@@ -105,7 +109,7 @@ class Node:
             shelf=self._shelf,
             platform=self.platform,
             builder=self._builder,
-            spawn=lambda work: self.lifecycle.spawn(work),
+            spawn=self.background.spawn,
         )
 
     async def open(self) -> None:
@@ -119,7 +123,7 @@ class Node:
         self._spares.refill()
         for app in {instance.build.app for instance in self.lifecycle.instances.values()}:
             self.lifecycle.prepared.want(app)
-        self.lifecycle.spawn(self.lifecycle.prepared.run())
+        self.background.spawn(self.lifecycle.prepared.run())
 
     def _deployed(self) -> list[Build]:
         """The builds that a start would use."""
@@ -134,7 +138,7 @@ class Node:
             if row["ended_at"] is not None:
                 continue
             try:
-                adopted = await self.lifecycle.adopt(row, self._builder.load(row["build_id"]))
+                adopted = await self.lifecycle.adoption.adopt(row, self._builder.load(row["build_id"]))
             except NotFound:
                 adopted = False
             if adopted:
@@ -264,10 +268,10 @@ class Node:
             self._known(target)
             await self.lifecycle.prepared.forget(target)
         try:
-            instances = self.lifecycle.find(target)
+            instances = self.lifecycle.roster.find(target)
         except NotFound:
             instances = []  # known, and not running: what was asked for is so, but for a start in between
-        stops = [self.lifecycle.stop(instance) for instance in instances]
+        stops = [self.lifecycle.ending.stop(instance) for instance in instances]
         await asyncio.gather(self.lifecycle.call_off(target), *stops)
         return [instance.instance_id for instance in instances]
 
@@ -325,13 +329,13 @@ class Node:
             if build.app == name:
                 self._builder.remove(build.build_id)
         Secrets(self.places.secrets(name)).clear()
-        self.lifecycle.prune(name, 0)
+        self.lifecycle.roster.prune(name, 0)
         self._state.remove_app(name)
 
     async def explain_checkpoint(self, instance_id: str) -> dict[str, Any]:
         """Would a checkpoint of the instance work, how large would it be, how long would it take; stops nothing."""
-        (instance,) = self.lifecycle.find(instance_id)[-1:]
-        return await self._capturer.explain(self.lifecycle.subject(instance))
+        (instance,) = self.lifecycle.roster.find(instance_id)[-1:]
+        return await self._capturer.explain(subject(instance))
 
     # --- checkpoints ------------------------------------------------------------------------------
 

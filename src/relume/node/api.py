@@ -90,7 +90,7 @@ async def _stream(request: web.Request, verb: Callable[[Progress], Awaitable[Any
             lines.put_nowait({"error": _internal(error)})
         lines.put_nowait(None)
 
-    request.app[NODE].lifecycle.spawn(run())
+    request.app[NODE].background.spawn(run())
     with contextlib.suppress(ConnectionResetError):  # the caller is gone; what was asked for goes on
         while (line := await lines.get()) is not None:
             await response.write(json.dumps(line).encode() + b"\n")
@@ -179,7 +179,7 @@ async def _explain(request: web.Request) -> web.Response:
 @routes.get("/v1/logs/{target}")
 async def _logs(request: web.Request) -> web.StreamResponse:
     node, target = request.app[NODE], request.match_info["target"]
-    path = node.lifecycle.log_of(target)
+    path = node.lifecycle.roster.log_of(target)
     instance = node.lifecycle.instances.get(path.parent.name)
     response = web.StreamResponse(headers={"content-type": "application/octet-stream"})
     await response.prepare(request)

@@ -44,6 +44,7 @@ class BringUp:
         shelf: Shelf,
         ground: Ground,
         gpus: Gpus,
+        region: NodeRegion | None,
         *,
         log_limit: int,
         pages_lazily: bool,
@@ -52,9 +53,9 @@ class BringUp:
         self._shelf = shelf
         self._ground = ground
         self._gpus = gpus
+        self._region = region
         self._log_limit = log_limit
         self._pages_lazily = pages_lazily
-        self.region: NodeRegion | None = None
 
     async def boot(self, instance: Instance, start: Start) -> None:
         """Cold. Raises EngineError, StartFailed, OSError."""
@@ -86,8 +87,8 @@ class BringUp:
             pager = self._pager_job(instance, restoration, memory)
             if copy is not None and not copy.complete:
                 if pager is None or memory == "criu":
-                    assert self.region is not None
-                    await asyncio.to_thread(self.region.copies.complete, copy)
+                    assert self._region is not None
+                    await asyncio.to_thread(self._region.copies.complete, copy)
                 else:
                     pager |= {"remote": copy.job, "verify": None}
             verify = pager is None or pager.get("daemon") == DAEMON  # ours verifies what it hands out

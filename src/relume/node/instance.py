@@ -18,6 +18,7 @@ from relume.node.places import InstancePlaces
 from relume.node.settings import Settings
 
 if TYPE_CHECKING:
+    from relume.node.region import Copy
     from relume.node.start import Start
 
 InstanceState = Literal["starting", "ready", "stopping", "exited", "failed", "prepared"]
@@ -49,6 +50,8 @@ class Instance:
     paging_failed: str = ""
     wrong_bytes: bool = False
     """What failed were bytes that are not what they must be."""
+    copy: Copy | None = None
+    """The region's checkpoint that it came from, until it can do without."""
     answered: bool = False
     """Its first answer left; known of restored ones."""
     from_store: dict[str, int] = dataclasses.field(default_factory=dict)
