@@ -6,10 +6,15 @@ userfaultfd.rst. The calls leave the GIL: fcntl.ioctl copies the small argument 
 
 from __future__ import annotations
 
+import ctypes
+import enum
 import errno
 import fcntl
+import mmap
 import os
 import struct
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from relume.linux import syscall
@@ -19,6 +24,9 @@ FEATURE_EVENT_FORK = 1 << 1
 FEATURE_EVENT_REMAP = 1 << 2
 FEATURE_EVENT_REMOVE = 1 << 3
 FEATURE_EVENT_UNMAP = 1 << 6
+
+_PROT_NONE = 0
+_MAP_FAILED = (1 << 64) - 1
 
 _API = 0xAA
 _NR_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
@@ -150,12 +158,56 @@ def wake(descriptor: int, start: int, length: int) -> None:
     fcntl.ioctl(descriptor, _UFFDIO_WAKE, bytearray(_RANGE.pack(start, length)), True)
 
 
-def alive(descriptor: int) -> bool:
-    """Whether the memory that ``descriptor`` stands for still exists (the process neither ended nor exec'd).
+class Condition(enum.Enum):
+    """What becomes of the memory that a userfaultfd stands for."""
 
-    Asks for a copy to page 0, where nothing is ever registered: ENOENT from a living one, ESRCH after.
+    QUIET = enum.auto()
+    """It exists, and no event of it is queued or under way."""
+    CHANGING = enum.auto()
+    """An event is queued, or its cause has not gone on yet."""
+    GONE = enum.auto()
+    """The process ended or exec'd."""
+
+
+def condition(descriptor: int) -> Condition:
+    """Asks the kernel, and changes nothing.
+
+    By a copy that cannot be made: its source is memory of ours that nobody may read. The kernel looks whether
+    anything is changing (EAGAIN), then whether the memory exists (ESRCH), and only then at the source. The
+    destination must not be below vm.mmap_min_addr: before Linux 6.18 that is EINVAL, whether alive or not.
     """
-    return copy(descriptor, 0, 0, 4096)[1] != errno.ESRCH
+    match copy(descriptor, _lowest_address(), _unreadable_page(), mmap.PAGESIZE)[1]:
+        case errno.ESRCH:
+            return Condition.GONE
+        case errno.EAGAIN:
+            return Condition.CHANGING
+    return Condition.QUIET
+
+
+def alive(descriptor: int) -> bool:
+    """Whether the memory that ``descriptor`` stands for still exists (the process neither ended nor exec'd)."""
+    return condition(descriptor) is not Condition.GONE
+
+
+@cache
+def _lowest_address() -> int:
+    try:
+        lowest = int(Path("/proc/sys/vm/mmap_min_addr").read_text())
+    except OSError:
+        lowest = 0
+    return max(lowest, 1 << 16) + mmap.PAGESIZE - 1 & -mmap.PAGESIZE
+
+
+@cache
+def _unreadable_page() -> int:
+    """The address of a page without any permission."""
+    libc = syscall.libc()
+    libc.mmap.restype = ctypes.c_void_p
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    page = libc.mmap(None, ctypes.c_size_t(mmap.PAGESIZE), _PROT_NONE, flags, -1, ctypes.c_long(0))
+    if page in (None, _MAP_FAILED):
+        raise syscall.error("mmap")
+    return int(page)
 
 
 def _message(event: int, _reserved: int, first: int, second: int, third: int) -> Message:

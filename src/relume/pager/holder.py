@@ -68,6 +68,14 @@ class Board:
         """Whether the holder was killed. To be asked by the pager."""
         return os.getppid() != self._holder
 
+    def watch_holder(self) -> int:
+        """A descriptor that is readable once the holder has ended (pidfd_open(2)). To be asked by the pager."""
+        descriptor = os.pidfd_open(self._holder)
+        if self.orphaned:  # and its pid is perhaps another's by now
+            os.close(descriptor)
+            raise ProcessLookupError("the holder has ended")
+        return descriptor
+
     def disarm(self) -> None:
         """The instance does not need the pager any more."""
         self._content["armed"] = False

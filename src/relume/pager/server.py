@@ -98,6 +98,7 @@ class Pager:
         self._watch(self._wake_read, self._drain)
         if self._control:
             self._watch(self._control, self._command)
+        self._watch(self._board.watch_holder(), self._holder_died)
         if self._job.remote is None:
             self._emit("listening")
             self._open_images()
@@ -183,7 +184,7 @@ class Pager:
             log.info("no working set: %s", why)
             return
         if not self._learned.worthwhile:
-            log.info("working set not replayed: starts without it were faster")
+            log.info("working set not replayed: starts without it were faster, or are to be measured")
             return
         blocks, kept_back = background.blocks_of(self._learned)
         self._replay = background.Replay(
@@ -274,7 +275,8 @@ class Pager:
             outcome = space.serve(address)
             if outcome is not Served.LATER:
                 space.waiting.discard(address)
-        if not space.waiting:
+        space.settle()
+        if not space.waiting and (space.dead or not space.doubtful):
             self._hungry.discard(space)
 
     def _serve_slow(self) -> None:
@@ -330,9 +332,9 @@ class Pager:
             replayed = tuple(piece for block in self._replay.blocks for piece in block)
             pieces = working_set.refine([*replayed, *self._replay.kept_back], self._replay.kept_back, touched)
         else:
-            pieces = learned.pieces or working_set.refine((), (), touched)
-        run = Run(self._replay is not None, seconds, missed)
-        updated = dataclasses.replace(learned, pieces=pieces).after(run)
+            pieces = working_set.refine((), (), touched)  # learned anew, all of it by need
+        run = None if self._hashed_bytes() else Run(self._replay is not None, seconds, missed)
+        updated = dataclasses.replace(learned.after(run), pieces=pieces)
         try:
             working_set.save(self._job.record, updated)
         except OSError as error:
@@ -380,16 +382,12 @@ class Pager:
                 name: sum(getattr(each, name) for each in self._finished)
                 for name in Counters.__dataclass_fields__
             },
-            hashed_bytes=sum(
-                source.hashed_bytes for source in self._sources.values() if isinstance(source, FileSource)
-            ),
+            hashed_bytes=self._hashed_bytes(),
         )
         return 0
 
     def _probe(self) -> None:
-        """What nobody tells: processes that ended or exec'd, the holder's death, the end of patience."""
-        if self._board.orphaned:
-            raise PagerError("the holder was killed", hint="the instance was ended with it")
+        """What nobody tells: processes that ended or exec'd, the end of patience."""
         for space in self._spaces:
             if self._restored_at is not None and not space.dead:
                 space.probe()
@@ -400,7 +398,13 @@ class Pager:
         ):
             self._first_answer()
 
+    def _holder_died(self) -> None:
+        raise PagerError("the holder was killed", hint="the instance was ended with it")
+
     # --- plumbing ---------------------------------------------------------------------------------
+
+    def _hashed_bytes(self) -> int:
+        return sum(source.hashed_bytes for source in self._sources.values() if isinstance(source, FileSource))
 
     def _image_sizes(self) -> dict[int, int]:
         return {each.pages_id: each.pages_bytes for each in self._pagemaps.values()}

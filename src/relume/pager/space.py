@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from relume.errors import PagerError
 from relume.images.pagemap import PAGE_SIZE
 from relume.linux import userfaultfd
-from relume.linux.userfaultfd import Fault, Fork, Remap, Remove, Unmap
+from relume.linux.userfaultfd import Condition, Fault, Fork, Remap, Remove, Unmap
 from relume.pager.gate import Gate
 from relume.pager.ranges import Range, RangeMap
 from relume.pager.source import PageSource
@@ -37,7 +37,6 @@ EXPECTED_WINDOW = 64 * PAGE_SIZE
 _STREAMS = 16
 """Places of sequential access remembered per process."""
 
-_REMAP_RACE_SECONDS = 1.0
 _MEMORY_PATIENCE_SECONDS = 5.0
 
 
@@ -79,7 +78,8 @@ class AddressSpace:
     """``name`` for logs; ``layout`` has the image's order: offset in the pages file -> address at the dump.
 
 
-    ``waiting`` are faults to be served by the loop, ``asked`` those given to a thread that may wait.
+    ``waiting`` are faults to be served by the loop, ``asked`` those given to a thread that may wait; ``doubtful`` is
+    to come unless it was unmapped (see ``_unmap``).
     ``wiped`` are ranges that had MADV_WIPEONFORK at the dump: a child gets zeros there, not the contents.
     ``on_copy`` is told (pages_id, offset, length) of everything brought in by a fault; ``expected`` says whether
     the replay means to bring (pages_id, offset) in, so that its neighbourhood will be needed.
@@ -99,12 +99,13 @@ class AddressSpace:
     gate: Gate = field(default_factory=Gate)
     waiting: set[int] = field(default_factory=set)
     asked: set[int] = field(default_factory=set)
+    doubtful: list[Range] = field(default_factory=list)
     dead: bool = False
     generation: int = 0
     _flying: set[Range] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _streams: list[_Stream] = field(default_factory=list)
-    _moved: list[tuple[float, int, int]] = field(default_factory=list)
+    _moved: RangeMap = field(default_factory=RangeMap)
     _starved_since: float | None = None
 
     @property
@@ -138,6 +139,8 @@ class AddressSpace:
         """
         born = []
         with self.gate.reading():
+            if self._moved.total and userfaultfd.condition(self.descriptor) is not Condition.CHANGING:
+                self._moved = RangeMap()
             for message in userfaultfd.read(self.descriptor):
                 match message:
                     case Fault(address):
@@ -173,9 +176,8 @@ class AddressSpace:
     def _remap(self, source: int, destination: int, length: int) -> None:
         self.pending.move(source, destination, length)
         self.wiped.move(source, destination, length)
-        now = time.monotonic()
-        self._moved = [each for each in self._moved if now - each[0] < _REMAP_RACE_SECONDS]
-        self._moved.append((now, destination, destination + length))
+        self._moved.take(destination, destination + length)
+        self._moved.put(Range(destination, destination + length, destination))
 
     def _give_up(self, start: int, end: int) -> None:
         self.counters.given_up_bytes += sum(each.length for each in self.pending.take(start, end))
@@ -183,24 +185,33 @@ class AddressSpace:
     def _unmap(self, start: int, end: int) -> None:
         """munmap(2) announces itself after it let go of the memory map's lock.
 
-        So a range that another thread moved there meanwhile may be announced first (REMAP, then the UNMAP
-        of what lay there before). Such a range keeps its contents; if it was unmapped after all, copies
-        answer ENOENT and drop it then.
+        So a range that another thread moved there meanwhile may be announced first (REMAP, then the UNMAP of what
+        lay there before). Such a range keeps its contents. It can only be so if something was changing all the time
+        between the two messages: the kernel counts the munmap from before it unmaps until its message was read.
+        Where both were read before that could be asked, the range is kept, and looked at as soon as copies are
+        answered (``doubtful``): ENOENT drops it then.
         """
-        now = time.monotonic()
-        recent = RangeMap()
-        for when, low, high in self._moved:
-            if now - when < _REMAP_RACE_SECONDS:
-                recent.take(low, high)
-                recent.put(Range(low, high, low))
         position = start
         while position < end:
-            kept = recent.after(position)
+            kept = self._moved.after(position)
             stop = min(end, kept.start) if kept else end
             if position < stop:
                 self._give_up(position, stop)
                 self.wiped.take(position, stop)
+            if kept and kept.start < end:
+                self.doubtful += self.pending.overlap(kept.start, min(end, kept.end))
             position = kept.end if kept and kept.start < end else end
+
+    def settle(self) -> None:
+        """Brings in what may have been unmapped, or learns that it was. Raises as :meth:`bring`."""
+        while self.doubtful and not self.dead:
+            each = self.doubtful[-1]
+            step = each.cut(each.start, each.start + MAXIMUM_WINDOW)
+            if self.bring([step])[0] is Served.LATER:
+                return
+            self.doubtful.pop()
+            if step.end < each.end:
+                self.doubtful.append(each.cut(step.end, each.end))
 
     # --- faults -----------------------------------------------------------------------------------
 
@@ -344,7 +355,7 @@ class AddressSpace:
             copied += done
             if not error:
                 self._starved_since = None
-                step = end - position
+                step *= 2  # back to the whole rest after a boundary
             elif error == errno.EEXIST:
                 # There already, whoever brought it: it is not ours to change. Waiters may have missed the wake.
                 self._wake(position)
@@ -355,7 +366,6 @@ class AddressSpace:
                 # Nothing is registered here and no event is under way: unmapped (or MADV_DONTFORK in a child).
                 self.counters.dropped_bytes += PAGE_SIZE
                 position += PAGE_SIZE
-                step = end - position
             else:
                 outcome = self._after(error, position)
                 return outcome, [] if outcome is Served.GONE else [wanted.cut(position, end)], copied

@@ -8,8 +8,11 @@ it costs time only: :func:`load` answers None with the reason, and the restore l
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
+import stat
 import statistics
 import struct
 from collections.abc import Iterable, Iterator
@@ -19,6 +22,7 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
+from relume.images.pagemap import PAGE_SIZE
 from relume.pager.ranges import Range, RangeMap
 
 BLOCK_BYTES = 2 << 20
@@ -27,6 +31,15 @@ BLOCK_BYTES = 2 << 20
 _VERSION = 1
 _PIECE = struct.Struct("<IQI")
 _HISTORY = 16
+_ENOUGH = 3
+_CAN_LOSE_BYTES = 64 << 20
+"""A smaller one takes some 10 ms to replay: not worth a slower start to measure it."""
+
+_COMPARED_EVERY = 64
+"""Every so many starts one is made without, also where replays win: apps change."""
+
+_HEADER_BYTES = 1 << 16
+_TURNS = 1 << 30
 _DIGEST_BYTES = 32
 
 WITHHELD_SHARE = 32
@@ -66,26 +79,36 @@ class WorkingSet:
 
     @property
     def worthwhile(self) -> bool:
-        """Whether replaying has been no slower than starting without, judged by the medians.
+        """Whether the next start replays it: unless that was slower, or is to be compared with one that does not.
 
-        True until both kinds were measured: the first restore of a checkpoint is one without, and when
-        replays lose, every 16th start is made with one again, by the history that is forgotten.
+        Judged by the medians. When replays lose, they are tried again after eight starts without: what was measured
+        before the last of these is forgotten then.
         """
-        without = [run.seconds for run in self.history if not run.replayed]
-        replayed = [run.seconds for run in self.history if run.replayed]
-        if not without or len(replayed) < 3:
+        without, replayed = self._seconds(False), self._seconds(True)
+        if self.total >= _CAN_LOSE_BYTES and (
+            (not without and len(replayed) >= _ENOUGH) or self.turn % _COMPARED_EVERY == _COMPARED_EVERY - 1
+        ):
+            return False
+        if not without or len(replayed) < _ENOUGH:
             return True
         return statistics.median(replayed) <= 1.05 * statistics.median(without)
 
-    def after(self, run: Run) -> WorkingSet:
-        """The same with one more measurement; the oldest of its kind goes when there are many."""
-        history = [*self.history, run]
-        same = [index for index, each in enumerate(history) if each.replayed == run.replayed]
-        if len(same) > _HISTORY // 2:
-            del history[same[0]]
-        elif not run.replayed and not self.worthwhile and len(self.history) >= _HISTORY // 2:
-            history = [each for each in history if not each.replayed]
-        return replace(self, history=tuple(history), turn=self.turn + 1)
+    def after(self, run: Run | None) -> WorkingSet:
+        """The same with one more measurement; the oldest of its kind goes when there are many.
+
+        None is a start that measured nothing of use: it had to hash the image too.
+        """
+        history = self.history
+        if run is not None:
+            same = [each for each in history if each.replayed == run.replayed][-(_HISTORY // 2) + 1 :]
+            history = (*(each for each in history if each.replayed != run.replayed or each in same), run)
+            losing = not run.replayed and not self.worthwhile
+            if losing and len(same) == _HISTORY // 2 - 1:
+                history = (run,)
+        return replace(self, history=history, turn=self.turn + 1)
+
+    def _seconds(self, replayed: bool) -> list[float]:
+        return [run.seconds for run in self.history if run.replayed == replayed]
 
 
 def plan(pieces: Iterable[Piece]) -> list[list[Piece]]:
@@ -108,7 +131,7 @@ def plan(pieces: Iterable[Piece]) -> list[list[Piece]]:
 
 def withheld(blocks: int, turn: int) -> range:
     """The numbers of the blocks that a replay leaves out on this turn."""
-    return range(turn % WITHHELD_SHARE, blocks, WITHHELD_SHARE) if blocks > WITHHELD_SHARE else range(0)
+    return range(turn % WITHHELD_SHARE, blocks, WITHHELD_SHARE) if blocks > 1 else range(0)
 
 
 def refine(
@@ -176,9 +199,12 @@ def save(path: Path, working_set: WorkingSet) -> None:
 
 
 def load(path: Path, images: dict[int, int]) -> tuple[WorkingSet | None, str]:
-    """The working set in ``path`` if it is whole and was learned from ``images``; else None and why not."""
+    """The working set in ``path`` if it is whole and was learned from ``images``; else None and why not.
+
+    Never raises, never waits, and reads no more than such a file may have: whoever wrote it, it costs time only.
+    """
     try:
-        data = path.read_bytes()
+        data = _content(path, _HEADER_BYTES + sum(images.values()) // PAGE_SIZE * _PIECE.size + _DIGEST_BYTES)
     except FileNotFoundError:
         return None, "nothing learned yet"
     except OSError as error:
@@ -187,14 +213,46 @@ def load(path: Path, images: dict[int, int]) -> tuple[WorkingSet | None, str]:
     if blake3(body).digest() != digest:
         return None, f"{path}: is damaged"
     line, _, packed = body.partition(b"\n")
-    header = json.loads(line)
-    if header["version"] != _VERSION:
-        return None, f"{path}: version {header['version']} is not known here"
-    learned_from = {int(pages_id): size for pages_id, size in header["images"].items()}
-    if learned_from != images:
-        return None, f"{path}: was learned from other images"
-    pieces = tuple(Piece(*fields) for fields in _PIECE.iter_unpack(packed))
-    if any(piece.offset + piece.length > images.get(piece.pages_id, 0) for piece in pieces):
-        return None, f"{path}: names pages that the images do not have"
-    history = tuple(Run(bool(replayed), seconds, missed) for replayed, seconds, missed in header["history"])
-    return WorkingSet(images, pieces, header["turn"], history), ""
+    try:
+        header = json.loads(line)
+        if header["version"] != _VERSION:
+            return None, f"{path}: version {header['version']!r} is not known here"
+        if {int(pages_id): size for pages_id, size in header["images"].items()} != images:
+            return None, f"{path}: was learned from other images"
+        pieces = tuple(Piece(*fields) for fields in _PIECE.iter_unpack(packed))
+        history = tuple(
+            Run(bool(replayed), float(seconds), int(missed))
+            for replayed, seconds, missed in header["history"]
+        )
+        learned = WorkingSet(images, pieces, int(header["turn"]) % _TURNS, history)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, struct.error):
+        return None, f"{path}: is no working set"
+    if why := _impossible(learned):
+        return None, f"{path}: {why}"
+    return learned, ""
+
+
+def _impossible(learned: WorkingSet) -> str:
+    """What in it cannot have been learned: nothing of such a file is used."""
+    for pages_id, offset, length in learned.pieces:
+        if offset % PAGE_SIZE or length % PAGE_SIZE or not length:
+            return "names parts of pages"
+        if offset + length > learned.images.get(pages_id, 0):
+            return "names pages that the images do not have"
+    if learned.total > sum(learned.images.values()):
+        return "names pages twice"
+    if not all(math.isfinite(run.seconds) for run in learned.history):
+        return "has times that are none"
+    return ""
+
+
+def _content(path: Path, limit: int) -> bytes:
+    """All of a file of ``limit`` bytes at most. Raises OSError, also where it is longer or no file at all."""
+    # Without waiting: opening a FIFO would.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is not a file")
+        if status.st_size > limit:
+            raise OSError(errno.EFBIG, f"is too large ({status.st_size} bytes)")
+        return file.read(limit)

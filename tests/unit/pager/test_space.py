@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from relume.errors import PagerError
-from relume.linux.userfaultfd import Fault, Fork, Message, Remap, Remove, Unmap
+from relume.linux.userfaultfd import Condition, Fault, Fork, Message, Remap, Remove, Unmap
 from relume.pager import space as module
 from relume.pager.ranges import Range, RangeMap
 from relume.pager.space import AddressSpace, Served
@@ -74,6 +74,12 @@ class Kernel:
 
     def alive(self, descriptor: int) -> bool:
         return not self.memories[descriptor].dead
+
+    def condition(self, descriptor: int) -> Condition:
+        memory = self.memories[descriptor]
+        if memory.dead:
+            return Condition.GONE
+        return Condition.CHANGING if memory.changing else Condition.QUIET
 
     def _give(self, descriptor: int, start: int, length: int, source: int | None) -> tuple[int, int]:
         memory = self.memories[descriptor]
@@ -186,6 +192,7 @@ class Life(RuleBasedStateMachine):
 
     def deliver(self, space: AddressSpace) -> None:
         self.spaces += space.read()
+        space.settle()
 
     def settle(self) -> None:
         for space in list(self.spaces):
@@ -260,6 +267,20 @@ class Life(RuleBasedStateMachine):
             memory.events.append(Unmap(low + shift * PAGE, high + shift * PAGE))
         memory.changing = True
 
+    @rule(which=st.integers(0, 9), page=page_numbers, count=counts)
+    def grow(self, which: int, page: int, count: int) -> None:
+        """mremap(2) makes a mapping longer where it is, and tells nobody: zeros, whatever lay there before."""
+        space, memory = self._pick(which)
+        if not memory.mapped or memory.dead:
+            return
+        self._quiet(space)
+        end = self._pages(memory, page, 10 * PAGES)[-1] + 1
+        for number in range(end, end + count):
+            if number in memory.mapped:
+                break
+            memory.mapped.add(number)
+            memory.owed[number] = ZERO
+
     @rule(which=st.integers(0, 9), page=page_numbers)
     def protect(self, which: int, page: int) -> None:
         """mprotect(2) splits a mapping and tells nobody."""
@@ -318,6 +339,40 @@ def test_a_copy_across_mappings_is_split() -> None:
         outcome, copied = space.bring([Range(BASE * PAGE, (BASE + PAGES) * PAGE, 0)])
         assert (outcome, copied) == (Served.DONE, PAGES * PAGE)
         assert space.complete
+
+
+def test_what_was_moved_and_then_unmapped_does_not_come_back() -> None:
+    """The neighbour below grows into the place: no event, and no contents of what was there."""
+    with kernel() as made:
+        space, memory = restored(made), made.memories[3]
+        above = BASE + PAGES
+        memory.mapped = {BASE, *range(above, above + PAGES - 1)}
+        memory.events.append(Remap((BASE + 1) * PAGE, above * PAGE, (PAGES - 1) * PAGE))
+        space.read()
+        memory.events.append(Unmap(above * PAGE, (above + PAGES - 1) * PAGE))
+        space.read()
+        assert space.pending.total == PAGE
+        assert space.serve(above * PAGE) is Served.DONE
+        assert memory.present[above] == ZERO
+
+
+@pytest.mark.parametrize("unmapped", [False, True])
+def test_moved_and_unmapped_in_one_breath(unmapped: bool) -> None:
+    """Which of the two came first cannot be told by the messages; it is by asking, as soon as they were read."""
+    with kernel() as made:
+        space, memory = restored(made), made.memories[3]
+        above = BASE + PAGES
+        memory.mapped = set() if unmapped else set(range(above, above + PAGES))
+        memory.events += [
+            Remap(BASE * PAGE, above * PAGE, PAGES * PAGE),
+            Unmap(above * PAGE, (above + PAGES) * PAGE),
+        ]
+        memory.changing = True
+        space.read()
+        space.settle()
+        assert not space.doubtful
+        assert space.complete
+        assert memory.present == ({} if unmapped else {above + page: page for page in range(PAGES)})
 
 
 def test_before_criu_is_done_a_missing_registration_is_not_an_end() -> None:
