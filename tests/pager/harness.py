@@ -19,13 +19,16 @@ from typing import Any
 from blake3 import blake3
 
 from relume.images import read_image
-from relume.linux import process
+from relume.linux import cgroup, process
 from relume.pager.job import Job
 
 PAGE = 4096
 SOURCE = Path(__file__).parent
 ROOT = SOURCE.parents[1]
-OPTIONS = ("--link-remap", "--ghost-limit", "1073741824", "--file-locks", "--network-lock", "skip")
+OPTIONS = (
+    *("--link-remap", "--ghost-limit", "1073741824", "--file-locks", "--network-lock", "skip"),
+    "--manage-cgroups=ignore",
+)
 
 
 def criu() -> str:
@@ -117,8 +120,8 @@ class Checkpoint:
         return checkpoint
 
     @contextlib.contextmanager
-    def pager(self, **options: Any) -> Iterator[PagerProcess]:
-        """A pager with a job for this checkpoint, listening. ``options`` are the Job's."""
+    def pager(self, within: str | None = None, **options: Any) -> Iterator[PagerProcess]:
+        """A pager with a job for this checkpoint, listening. ``options`` are the Job's, ``within`` its own cgroup."""
         self._runs += 1
         work = self.folder / f"work-{self._runs}"
         work.mkdir()
@@ -128,6 +131,7 @@ class Checkpoint:
             [sys.executable, "-m", "relume.pager", "--control", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             env=environment,
+            preexec_fn=_enter(within),
         )
         theirs.close()
         pager = PagerProcess(started, ours)
@@ -139,8 +143,10 @@ class Checkpoint:
             pager.close()
             self.kill()
 
-    def restore(self, *, lazy: bool, stopped: bool = False) -> subprocess.CompletedProcess[bytes]:
-        """``criu restore``, detached. ``stopped`` leaves every task before its first instruction."""
+    def restore(
+        self, *, lazy: bool, stopped: bool = False, within: str | None = None
+    ) -> subprocess.CompletedProcess[bytes]:
+        """``criu restore``, detached, in the cgroup ``within``. ``stopped`` leaves every task before its start."""
         work = self.folder / f"work-{self._runs}" if lazy else self.folder
         command = [
             criu(),
@@ -159,7 +165,7 @@ class Checkpoint:
             command.append("--lazy-pages")
         if stopped:
             command.append("--leave-stopped")
-        return subprocess.run(command, capture_output=True, timeout=60)
+        return subprocess.run(command, capture_output=True, timeout=120, preexec_fn=_enter(within))
 
     def kill(self) -> None:
         """Ends what is alive of the tree, children forked since included."""
@@ -183,6 +189,19 @@ class Checkpoint:
         return {
             (pid, address): digest for pid in self.pids for address, digest in _anonymous(pid, self._rseq)
         }
+
+
+def _enter(group: str | None) -> Callable[[], None] | None:
+    """What a child calls to be in ``group`` from before its first instruction."""
+    if group is None:
+        return None
+    files = [directory / "cgroup.procs" for directory in cgroup.directories(group)]
+
+    def enter() -> None:
+        for file in files:
+            file.write_text(str(os.getpid()))
+
+    return enter
 
 
 def running(pid: int) -> bool:

@@ -4,15 +4,17 @@
  *   torture DIR WORKERS MEGABYTES SEED STEPS
  *
  * Fills its memory, forks WORKERS copies of itself, writes DIR/ready, and waits for DIR/go. In between it is
- * checkpointed and restored. Then every process carries out STEPS random operations, and checks what it reads
- * against a model of its own (one version number per page; the model is ordinary memory and restored like the
- * rest). A process that finds a wrong byte writes DIR/bad.PID and what it found; one that is through writes
- * DIR/done.N and waits to be killed, so that its memory can be looked at.
+ * checkpointed and restored. Then every process carries out STEPS random operations (DIR/go may hold a number that
+ * makes them others), and checks what it reads against a model of its own (one version number per page; the model
+ * is ordinary memory and restored like the rest). A process that finds a wrong byte writes DIR/bad.PID and what it
+ * found; one that is through writes DIR/done.N and waits to be killed, so that its memory can be looked at.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -20,11 +22,26 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#define MADV_POPULATE_WRITE 23
+#endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+#ifndef MREMAP_DONTUNMAP
+#define MREMAP_DONTUNMAP 4
+#endif
+
 #define PAGE 4096UL
 #define REGIONS 12
+#define MOVED 8   /* the mover's region, which lies at one of two places */
+#define READ 9    /* the reader's region */
 #define WIPED 10  /* region with MADV_WIPEONFORK */
 #define HUGE 11   /* region with MADV_HUGEPAGE */
 #define ANYTHING UINT32_MAX
@@ -40,9 +57,11 @@ static struct region regions[REGIONS];
 static unsigned char *shared;
 static size_t shared_pages;
 static const char *dir;
+static size_t step_count;
 static uint64_t state;
 static uint32_t next_version = 1;
 static int depth;
+static int self_fd;
 
 static uint64_t mix(uint64_t x)
 {
@@ -153,12 +172,33 @@ static void move(struct region *r)
 	r->base = moved;
 }
 
-static void *other_thread(void *argument)
+static void *moving_thread(void *argument)
+{
+	/* Moves a region of its own away and back, at the same time as all else, and reads it at either place. */
+	struct region *r = argument;
+	uint64_t own = 99 + depth;
+	size_t length = r->pages * PAGE;
+	unsigned char *home = r->base, *away = mmap(NULL, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	for (size_t n = 0; n < step_count; n++) {
+		unsigned char *to = r->base == home ? away : home;
+		/* What it leaves stays mapped, lest somebody else is given the place. */
+		unsigned char *moved =
+			mremap(r->base, length, length, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, to);
+		if (moved != to)
+			bad("mover: %s\n", strerror(errno));
+		r->base = to;
+		for (int i = 0; i < 8; i++)
+			check_page(r, mix(own += 7) % r->pages, "mover");
+	}
+	return NULL;
+}
+
+static void *reading_thread(void *argument)
 {
 	/* Reads and gives up pages of a region of its own, at the same time as all else. */
 	struct region *r = argument;
 	uint64_t own = 77 + depth;
-	for (int n = 0; n < 4000; n++) {
+	for (size_t n = 0; n < 16 * step_count; n++) {
 		size_t i = mix(own += 13) % r->pages;
 		check_page(r, i, "thread");
 		if (n % 7 == 0) {
@@ -180,7 +220,9 @@ static void child(size_t count)
 	if (pid == 0) {
 		depth++;
 		state ^= 0x5555 * depth;
-		regions[9].pages = 0; /* the thread's, which may have been in the middle of something */
+		/* The threads' regions: they may have been in the middle of something. */
+		regions[MOVED].pages = regions[READ].pages = 0;
+		self_fd = syscall(SYS_pidfd_open, getpid(), 0);
 		forget(&regions[WIPED], 0, regions[WIPED].pages, 0);
 		if (below(2))
 			check_all("child");
@@ -197,7 +239,7 @@ static void child(size_t count)
 
 static void run_program(void)
 {
-	pid_t pid = fork();
+	pid_t pid = below(2) ? fork() : vfork();
 	if (pid == 0) {
 		execl("/bin/true", "true", NULL);
 		_exit(9);
@@ -207,16 +249,81 @@ static void run_program(void)
 		bad("exec: status %x\n", status);
 }
 
+static int reads_in_the_same_memory(void *argument)
+{
+	struct region *r = argument;
+	for (size_t i = 0; i < r->pages; i += 37)
+		check_page(r, i, "process with the same memory");
+	return 0;
+}
+
+static void share_memory(struct region *r)
+{
+	/* Another process, no thread, in the same memory: CLONE_VM alone. */
+	static char stack[65536] __attribute__((aligned(16)));
+	pid_t pid = clone(reads_in_the_same_memory, stack + sizeof stack, CLONE_VM | SIGCHLD, r);
+	int status;
+	if (pid > 0 && waitpid(pid, &status, 0) == pid && status)
+		bad("process with the same memory: status %x\n", status);
+}
+
+static void heap(void)
+{
+	/* The heap grows, shrinks and grows again; what is new reads as zeros. */
+	for (int n = 0; n < 2; n++) {
+		unsigned char *end = sbrk(8 * PAGE);
+		for (size_t i = 0; i < 8 * PAGE; i++)
+			if (end[i])
+				bad("new heap is not zero\n");
+		memset(end, 0xee, 8 * PAGE);
+		if (n == 0)
+			sbrk(-4 * (intptr_t)PAGE), sbrk(-4 * (intptr_t)PAGE);
+	}
+}
+
+static void split_and_move(struct region *r, size_t first, size_t span)
+{
+	/* A piece is moved out, its place (still mapped: MREMAP_DONTUNMAP) reads as zeros, and it is moved back. */
+	size_t length = span * PAGE;
+	unsigned char *at = r->base + first * PAGE;
+	unsigned char *place = mmap(NULL, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	unsigned char *moved = mremap(at, length, length, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, place);
+	if (moved == MAP_FAILED) {
+		munmap(place, length);
+		return; /* several mappings by now */
+	}
+	for (size_t i = 0; i < length; i += PAGE)
+		if (at[i])
+			bad("what was moved away is there still\n");
+	if (mremap(moved, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, at) != at) {
+		/* Before Linux 6.17 not over several mappings. */
+		memcpy(at, moved, length);
+		munmap(moved, length);
+	}
+}
+
+static void shrink_and_grow(struct region *r)
+{
+	/* In place, without a move: the kernel tells of the one and not of the other. */
+	size_t less = 1 + below(64), length = r->pages * PAGE;
+	if (r->pages < 600 || mremap(r->base, length, length - less * PAGE, 0) == MAP_FAILED)
+		return;
+	r->pages -= less;
+	if (mremap(r->base, r->pages * PAGE, length, 0) == MAP_FAILED)
+		return;
+	forget(r, r->pages, less, 0);
+	r->pages += less;
+}
+
 static void steps(size_t count)
 {
 	for (size_t n = 0; n < count; n++) {
-		/* Region 9 is the thread's. */
-		size_t number = below(REGIONS - 1);
-		struct region *r = &regions[number < 9 ? number : number + 1];
+		size_t number = below(REGIONS - 2);
+		struct region *r = &regions[number < MOVED ? number : number + 2];
 		size_t first, span;
 		range(r, &first, &span);
 		unsigned char *at = r->base + first * PAGE;
-		switch (below(24)) {
+		switch (below(30)) {
 		case 0 ... 6:
 			for (size_t i = first; i < first + span; i++)
 				check_page(r, i, "read");
@@ -237,7 +344,7 @@ static void steps(size_t count)
 			munmap(at, span * PAGE);
 			if (mmap(at, span * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != at)
 				bad("mmap: %s\n", strerror(errno));
-			if (number == WIPED - 1)
+			if (r == &regions[WIPED])
 				madvise(at, span * PAGE, MADV_WIPEONFORK);
 			forget(r, first, span, 0);
 			break;
@@ -259,15 +366,9 @@ static void steps(size_t count)
 				check_page(r, i, "read-only");
 			mprotect(at, span * PAGE, PROT_READ | PROT_WRITE);
 			break;
-		case 19: {
-			/* The heap grows; what is new reads as zeros. */
-			unsigned char *heap = sbrk(8 * PAGE);
-			for (size_t i = 0; i < 8 * PAGE; i++)
-				if (heap[i])
-					bad("new heap is not zero\n");
-			memset(heap, 0xee, 8 * PAGE);
+		case 19:
+			heap();
 			break;
-		}
 		case 20:
 			/* The first write of a page by the kernel, not by the program. */
 			if (r->version[first] != ANYTHING) {
@@ -290,7 +391,35 @@ static void steps(size_t count)
 				run_program();
 			break;
 		case 23:
-			madvise(at, span * PAGE, MADV_PAGEOUT);
+			madvise(at, span * PAGE, below(2) ? MADV_PAGEOUT : MADV_COLD);
+			break;
+		case 24:
+			madvise(at, span * PAGE, below(2) ? MADV_POPULATE_READ : MADV_POPULATE_WRITE);
+			break;
+		case 25:
+			if (mlock(at, span * PAGE) == 0)
+				munlock(at, span * PAGE);
+			break;
+		case 26: {
+			/* Given up by way of process_madvise(2), which before Linux 6.13 may not do it. */
+			struct iovec piece = {at, span * PAGE};
+			if (syscall(SYS_process_madvise, self_fd, &piece, 1, MADV_DONTNEED, 0) > 0)
+				forget(r, first, span, 0);
+			break;
+		}
+		case 27:
+			if (r != &regions[WIPED])
+				shrink_and_grow(r);
+			break;
+		case 28:
+			if (r != &regions[WIPED])
+				split_and_move(r, first, span);
+			break;
+		case 29:
+			if (below(3) == 0)
+				share_memory(r);
+			else
+				madvise(at, span * PAGE, MADV_COLLAPSE);
 			break;
 		}
 	}
@@ -319,7 +448,7 @@ int main(int argc, char **argv)
 	int workers = atoi(argv[2]);
 	size_t pages = (strtoul(argv[3], NULL, 10) << 20) / PAGE / REGIONS;
 	state = strtoull(argv[4], NULL, 10);
-	size_t count = strtoul(argv[5], NULL, 10);
+	step_count = strtoul(argv[5], NULL, 10);
 
 	for (int r = 0; r < REGIONS; r++)
 		fill(&regions[r], pages);
@@ -353,10 +482,19 @@ int main(int argc, char **argv)
 	while (stat(go, &found))
 		usleep(2000);
 
-	pthread_t thread;
-	pthread_create(&thread, NULL, other_thread, &regions[9]);
-	steps(count);
-	pthread_join(thread, NULL);
+	FILE *file = fopen(go, "r");
+	unsigned long more = 0;
+	if (file && fscanf(file, "%lu", &more) == 1)
+		state += mix(more);
+	if (file)
+		fclose(file);
+	self_fd = syscall(SYS_pidfd_open, getpid(), 0);
+	pthread_t threads[2];
+	pthread_create(&threads[0], NULL, reading_thread, &regions[READ]);
+	pthread_create(&threads[1], NULL, moving_thread, &regions[MOVED]);
+	steps(step_count);
+	for (int t = 0; t < 2; t++)
+		pthread_join(threads[t], NULL);
 	check_all("at the end");
 	touch("done", me);
 	for (;;)

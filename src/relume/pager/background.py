@@ -249,6 +249,8 @@ class Fill:
             space.counters.filled_bytes += done
             if outcome is Served.GONE:
                 break
+            if outcome is Served.LATER:
+                time.sleep(_RETRY_SECONDS)  # whoever changes the layout needs the processor too
             # Half of one processor at most; while faults come a pause is longer than serving one takes.
             time.sleep(took if self._pace.quiet else max(took, FAULT_SECONDS))
         self._changed()
