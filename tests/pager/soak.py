@@ -176,6 +176,8 @@ class Soak:
         for number in range(count):
             outcome = self._once(number)
             self.outcomes[outcome] += 1
+            if number % 25 == 24:
+                print(f"{number + 1} of {count}: {dict(self.outcomes)}", flush=True)
         self._neighbour.close()
         facts = {
             "need_bytes": self.need,

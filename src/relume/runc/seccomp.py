@@ -1,4 +1,4 @@
-"""The seccomp profile: what Docker lets a container do by default, and three things less.
+"""The seccomp profile: what Docker lets a container do by default, and four things less.
 
 The list of harmless calls is the distribution's (package golang-github-containers-common), because a list
 kept by a distribution knows next year's calls; it is the profile of podman, and is narrowed here to Docker's
@@ -6,7 +6,10 @@ rules: no namespaces, mounts or kernel keyrings without CAP_SYS_ADMIN. On top of
 
 - io_uring_* answer ENOSYS: CRIU cannot save a ring, and libuv, uvloop and others fall back on epoll;
 - userfaultfd answers EPERM: the machine-wide sysctl that paging into a user namespace needs must not open
-  it to guests.
+  it to guests;
+- MADV_GUARD_INSTALL and MADV_GUARD_REMOVE answer EINVAL, as before Linux 6.13: they discard pages and tell no
+  userfaultfd, and UFFDIO_COPY overwrites a guard, so what a copy gave up would come back. libc and allocators fall
+  back on mprotect.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ PROFILE = Path("/usr/share/containers/seccomp.json")
 
 _ENOSYS = 38
 _EPERM = 1
+_EINVAL = 22
 
 _NO_SUCH_CALL = frozenset({"io_uring_setup", "io_uring_enter", "io_uring_register"})
 _NEEDS_SYS_ADMIN = frozenset(
@@ -31,7 +35,12 @@ _NEEDS_SYS_ADMIN = frozenset(
     setns swapoff swapon syslog umount umount2 unshare vhangup""".split()
 )
 _SPECIAL = frozenset({"clone", "clone3"})
-_OURS = _NO_SUCH_CALL | _NEEDS_SYS_ADMIN | _SPECIAL | {"userfaultfd"}
+_ADVICE = {"madvise": 2, "process_madvise": 3}
+"""Calls that take advice on memory: the number of that argument."""
+
+_OURS = _NO_SUCH_CALL | _NEEDS_SYS_ADMIN | _SPECIAL | {"userfaultfd"} | _ADVICE.keys()
+
+_GUARD_INSTALL, _GUARD_REMOVE = 102, 103
 
 # Flags that make a namespace (clone(2)): NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET.
 _NAMESPACE_FLAGS = 0x7E020000
@@ -65,6 +74,8 @@ def profile(capabilities: frozenset[str], path: Path = PROFILE) -> dict[str, Any
             rules.append(_rule(names, entry["action"], entry.get("errnoRet"), entry.get("args")))
     rules.append(_rule(sorted(_NO_SUCH_CALL), "SCMP_ACT_ERRNO", _ENOSYS))
     rules.append(_rule(["userfaultfd"], "SCMP_ACT_ERRNO", _EPERM))
+    for name, index in _ADVICE.items():
+        rules += _without_guards(name, index)
     if "CAP_SYS_ADMIN" in capabilities:
         rules.append(_rule(sorted(_NEEDS_SYS_ADMIN | _SPECIAL), "SCMP_ACT_ALLOW"))
     else:
@@ -79,6 +90,18 @@ def profile(capabilities: frozenset[str], path: Path = PROFILE) -> dict[str, Any
         "architectures": _architectures(source, arch),
         "syscalls": rules,
     }
+
+
+def _without_guards(name: str, index: int) -> list[dict[str, Any]]:
+    def when(comparison: str, value: int) -> list[dict[str, Any]]:
+        return [{"index": index, "value": value, "valueTwo": 0, "op": comparison}]
+
+    return [
+        _rule([name], "SCMP_ACT_ALLOW", args=when("SCMP_CMP_LT", _GUARD_INSTALL)),
+        _rule([name], "SCMP_ACT_ALLOW", args=when("SCMP_CMP_GT", _GUARD_REMOVE)),
+        _rule([name], "SCMP_ACT_ERRNO", _EINVAL, when("SCMP_CMP_EQ", _GUARD_INSTALL)),
+        _rule([name], "SCMP_ACT_ERRNO", _EINVAL, when("SCMP_CMP_EQ", _GUARD_REMOVE)),
+    ]
 
 
 def _applies(entry: dict[str, Any], arch: str, capabilities: frozenset[str]) -> bool:

@@ -33,6 +33,7 @@ ACTIONS.update(
     faults=lambda _: errno_of(323, 0),
     counters=lambda _: errno_of(298, __import__("struct").pack("IIQ", 1, 112, 0) + bytes(96), 0, -1, -1, 0),
     bpf=lambda _: errno_of(321, 0, __import__("struct").pack("IIIII", 2, 4, 8, 1, 0) + bytes(60), 72),
+    guards=lambda advice: errno_of(28, ctypes.c_void_p(0x1000), ctypes.c_size_t(4096), int(advice)),
     privileges=lambda _: [line for line in open("/proc/self/status") if line.startswith(("NoNewPrivs", "CapEff"))],
     keys=lambda _: open("/proc/keys").read(),
     groups=lambda _: sorted({line.split(":", 2)[2].strip() for line in open("/proc/self/cgroup")}),
@@ -81,6 +82,8 @@ def test_what_an_app_finds_inside(relume: Relume, app: App) -> None:
             assert get(instance, "/faults") == 1, "userfaultfd: EPERM"
             assert get(instance, "/counters") == 1, "perf_event_open: EPERM"
             assert get(instance, "/bpf") == 1, "bpf: EPERM"
+            assert get(instance, "/guards/102") == 22, "MADV_GUARD_INSTALL: EINVAL"
+            assert get(instance, "/guards/4") == 12, "other advice gets to the kernel: ENOMEM"
             assert "NoNewPrivs:\t1\n" in get(instance, "/privileges")
             assert get(instance, "/keys") == ""
             assert get(instance, "/facts")["uid"] == 0

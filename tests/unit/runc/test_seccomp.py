@@ -13,7 +13,7 @@ from relume.errors import HostError
 from relume.runc import seccomp
 from relume.runc.spec import DEFAULT_CAPABILITIES
 
-ENOSYS, EPERM = 38, 1
+ENOSYS, EPERM, EINVAL = 38, 1, 22
 CLONE_NEWUSER, CLONE_THREAD, CLONE_VM = 0x10000000, 0x10000, 0x100
 NAMESPACES = {"mount": 0x20000, "cgroup": 0x2000000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000,
               "pid": 0x20000000, "net": 0x40000000}  # fmt: skip
@@ -22,13 +22,26 @@ SYS_ADMIN = DEFAULT_CAPABILITIES | {"CAP_SYS_ADMIN"}
 COMPARE = {
     "SCMP_CMP_EQ": lambda got, one, two: got == one,
     "SCMP_CMP_NE": lambda got, one, two: got != one,
+    "SCMP_CMP_LT": lambda got, one, two: got < one,
+    "SCMP_CMP_GT": lambda got, one, two: got > one,
     "SCMP_CMP_MASKED_EQ": lambda got, one, two: got & one == two,
 }
 
 
 def distribution(tmp_path: Path) -> Path:
     """A list in the distribution's form, small and with the traps of the real one."""
-    allow = ["read", "clone", "clone3", "unshare", "mount", "io_uring_setup", "keyctl", "setns"]
+    allow = [
+        "read",
+        "madvise",
+        "process_madvise",
+        "clone",
+        "clone3",
+        "unshare",
+        "mount",
+        "io_uring_setup",
+        "keyctl",
+        "setns",
+    ]
     profile = {
         "defaultAction": "SCMP_ACT_ERRNO",
         "archMap": [
@@ -93,6 +106,16 @@ def test_no_rings(path: Path, capabilities: frozenset[str], call: str) -> None:
 @pytest.mark.parametrize("capabilities", [DEFAULT_CAPABILITIES, SYS_ADMIN], ids=["default", "sys_admin"])
 def test_no_userfaultfd_for_guests(path: Path, capabilities: frozenset[str]) -> None:
     assert ask(seccomp.profile(capabilities, path), "userfaultfd") == EPERM
+
+
+def test_no_guard_pages_that_a_pager_would_not_hear_of(path: Path) -> None:
+    profile = seccomp.profile(DEFAULT_CAPABILITIES, path)
+    for advice in (0, 4, 8, 18, 25, 100, 101, 104, 0xFFFFFFFF):
+        assert ask(profile, "madvise", 0, 4096, advice) == "allow"
+        assert ask(profile, "process_madvise", 3, 0, 1, advice) == "allow"
+    for advice in (102, 103):
+        assert ask(profile, "madvise", 0, 4096, advice) == EINVAL
+        assert ask(profile, "process_madvise", 3, 0, 1, advice) == EINVAL
 
 
 @pytest.mark.parametrize("flag", NAMESPACES.values(), ids=NAMESPACES)
