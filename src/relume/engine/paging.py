@@ -1,7 +1,8 @@
 """The pager of one restored container, seen from its keeper: started ahead of need, given its job, heard.
 
-The pager's holder is a child of the keeper. If it ends while the instance needs it, the instance is killed:
-the holder is the last that keeps the kernel from giving zero pages (relume.pager.holder).
+The pager's holder is a child of the keeper. If it ends while the instance needs it, the instance is killed. Until
+then the keeper keeps the kernel from giving zero pages: it has a duplicate of every userfaultfd, which the pager
+sends as soon as it has one, and takes back when the memory behind it is complete (relume.pager.keepsake).
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from typing import Any, Protocol
 
 from relume.errors import PagerError
 from relume.linux import process
+from relume.pager.keepsake import Kept
 
 _PATIENCE = 10.0
 _PATIENCE_WITH_STORE = 60.0
 """Seconds until a pager listens; the second where it fetches from a store before, with a bound of its own."""
+
+_LAST_WORDS = 10.0
+"""Seconds for a pager to say why it ends, on a busy machine; one that is well answers at once."""
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -28,8 +33,8 @@ OnEvent = Callable[[dict[str, Any]], None]
 class Child(Protocol):
     """A process of ours, as asyncio's subprocesses are."""
 
-    async def wait(self) -> Any:
-        """Return when it has ended."""
+    async def wait(self) -> int:
+        """Return when it has ended: its exit status, or the signal that ended it, negative."""
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -41,13 +46,16 @@ class _Forked:
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._ended = False
+        self._code = 0
 
-    async def wait(self) -> None:
+    async def wait(self) -> int:
         if not self._ended:
             await process.ended(self._pid)
         if not self._ended:  # nobody else has waited meanwhile; from now on the pid may be another's
             self._ended = True
-            os.waitpid(self._pid, os.WNOHANG)  # noqa: ASYNC222  (it has ended)
+            _, status = os.waitpid(self._pid, os.WNOHANG)  # noqa: ASYNC222  (it has ended)
+            self._code = os.waitstatus_to_exitcode(status)
+        return self._code
 
     def kill(self) -> None:
         if not self._ended:
@@ -57,14 +65,16 @@ class _Forked:
 class PagerProcess:
     """One pager. Its events (relume.pager.job) go to ``on_event``."""
 
-    def __init__(self, child: Child, control: socket.socket) -> None:
+    def __init__(self, child: Child, control: socket.socket, keeps: socket.socket) -> None:
         self._process = child
+        self._kept = Kept(keeps)
         self._control = control
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._listening = asyncio.Event()
         self._done = False
         self._armed = False
+        self._closing = False
         self._reading: asyncio.Task[None] | None = None
         self.on_event: OnEvent = lambda event: None
         self.on_death: Callable[[], None] = lambda: None
@@ -73,25 +83,26 @@ class PagerProcess:
     async def spawn(cls) -> PagerProcess:
         """Start one that waits for its job: for a keeper that was not forked with one."""
         ours, theirs = socket.socketpair()
-        try:
+        keeps, gives = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, gives:
             child = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "relume.pager", "--control", str(theirs.fileno())),
+                *(sys.executable, "-m", "relume.pager"),
+                *("--control", str(theirs.fileno()), "--keep", str(gives.fileno())),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), gives.fileno()),
             )
-        finally:
-            theirs.close()
-        return cls(child, ours)
+        return cls(child, ours, keeps)
 
     @classmethod
-    def of_child(cls, pid: int, control: socket.socket) -> PagerProcess:
+    def of_child(cls, pid: int, control: socket.socket, keeps: socket.socket) -> PagerProcess:
         """One that was forked, and waits for its job at the other end of ``control``."""
-        return cls(_Forked(pid), control)
+        return cls(_Forked(pid), control, keeps)
 
     async def listen(self, job: dict[str, Any]) -> None:
         """Give it its job; returns when CRIU may be started. Raises PagerError."""
         self._armed = True
+        asyncio.get_running_loop().add_reader(self._kept.socket, self._keep)
         self._reader, self._writer = await asyncio.open_connection(sock=self._control)
         self._reading = asyncio.create_task(self._read(self._reader))
         self._writer.write(json.dumps(job).encode() + b"\n")
@@ -107,7 +118,7 @@ class PagerProcess:
             self._writer.write(b'{"command": "first_answer"}\n')
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        while line := await reader.readline():
+        while line := await _line(reader):
             event = json.loads(line)
             match event["event"]:
                 case "listening":
@@ -117,16 +128,34 @@ class PagerProcess:
                 case "failed":
                     self._done = True  # the holder has killed the instance before it said so
             self.on_event(event)
-        await self._process.wait()
-        if not self._done:
-            self.on_death()
+        code = await self._process.wait()
+        if self._done or self._closing:
+            self._let_go()
+            return
+        # Ours are the last descriptors. The pager, if it outlived its holder, has killed the instance before.
+        self._done = True
+        self.on_death()
+        self._let_go()
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+        self.on_event({"event": "failed", "reason": f"the pager's holder {how}", "untrusted": False})
+
+    def _keep(self) -> None:
+        if not self._kept.receive():
+            asyncio.get_running_loop().remove_reader(self._kept.socket)
+
+    def _let_go(self) -> None:
+        """The pager is gone, and so is the instance, or what it lacked: nobody may wait for a page any more."""
+        if self._kept.socket.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._kept.socket)
+            self._kept.close()
 
     async def close(self) -> None:
         """End it: one that was never needed, or whose instance is gone, perhaps because of it."""
         if self._writer is not None and self._reading is not None and not self._done:
             # The holder kills first and speaks afterwards: its reason must not be lost with the socket.
             self._writer.write(b'{"command": "stop"}\n')
-            await asyncio.wait({self._reading}, timeout=1.0)
+            await asyncio.wait({self._reading}, timeout=_LAST_WORDS)
+        self._closing = True
         if self._writer is not None:
             self._writer.close()
         else:
@@ -139,3 +168,11 @@ class PagerProcess:
             await self._process.wait()
         if self._reading is not None:
             self._reading.cancel()
+        self._let_go()
+
+
+async def _line(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await reader.readline()
+    except ConnectionError:
+        return b""  # it ended with a command of ours unread

@@ -40,26 +40,29 @@ def become_keeper(container: Container) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # what belongs to the node is not for us
     ours, theirs = socket.socketpair()
+    keeps, gives = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()  # as long as there is no thread: the pager shares descriptors with its holder
     if pid == 0:
         ours.close()
-        become_pager(container, theirs)
+        keeps.close()
+        become_pager(container, theirs, gives)
     theirs.close()
+    gives.close()
     os.umask(0o022)  # runc makes cgroups and mount points, and the mapped root must be able to look at them
     process.become_subreaper()
-    waiting = PagerProcess.of_child(pid, ours)
+    waiting = PagerProcess.of_child(pid, ours, keeps)
     asyncio.run(Server(container, Path(container.runtime) / SOCKET, waiting).run())
     os._exit(0)
 
 
-def become_pager(container: Container, control: socket.socket) -> NoReturn:
+def become_pager(container: Container, control: socket.socket, gives: socket.socket) -> NoReturn:
     """Be the pager's holder, and its pager."""
     setproctitle(f"relume.pager {container.runtime}")
     process.set_name("relume-pager")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)
-    status = pager.main(["--control", str(control.detach())])
+    status = pager.main(["--control", str(control.detach()), "--keep", str(gives.detach())])
     logging.shutdown()
     os._exit(status)
 

@@ -1,9 +1,10 @@
 """The command ``python -m relume.pager``: as a keeper runs it, and in the place of ``criu lazy-pages``.
 
-    python -m relume.pager --control FD
+    python -m relume.pager --control FD [--keep FD]
     python -m relume.pager lazy-pages --images-dir DIR [--work-dir DIR] [--status-fd FD] [--log-file FILE] ...
 
-The first waits for its job on the socket FD, everything imported, so that a start does not pay for Python.
+The first waits for its job on the socket FD, everything imported, so that a start does not pay for Python; what it
+sends to the other socket is said in :mod:`relume.pager.keepsake`.
 The second serves one restore without learning anything, and exits 0 when all memory is served or gone.
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 from relume.errors import RelumeError
 from relume.pager.holder import Board, hold
 from relume.pager.job import Job
+from relume.pager.keepsake import Keepsake
 from relume.pager.server import STOPPED, UNTRUSTED, Pager, reason_of
 
 _SWITCH_SECONDS = 0.0005
@@ -39,8 +41,10 @@ def main(arguments: list[str]) -> int:
         return _like_criu(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m relume.pager")
     parser.add_argument("--control", type=int, required=True, metavar="FD")
+    parser.add_argument("--keep", type=int, metavar="FD")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="pager: %(message)s")
+    keepsake = Keepsake(None if options.keep is None else socket.socket(fileno=options.keep))
     control = socket.socket(fileno=options.control)
     sending = threading.Lock()
 
@@ -55,7 +59,7 @@ def main(arguments: list[str]) -> int:
         line = _line(control)
         if not line:
             return 0  # not needed after all
-        return _run(Pager(Job.parse(line), board, emit, control), board)
+        return _run(Pager(Job.parse(line), board, emit, control, keepsake), board)
 
     def report(reason: str) -> None:
         if reason == STOPPED:

@@ -27,6 +27,7 @@ from relume.images.pagemap import Pagemap, read_pagemap, read_wiped_on_fork
 from relume.pager import background, lazy_socket, working_set
 from relume.pager.holder import Board
 from relume.pager.job import Job
+from relume.pager.keepsake import Keepsake
 from relume.pager.ranges import Range, RangeMap
 from relume.pager.source import FileSource, NoPages, PageSource
 from relume.pager.space import AddressSpace, Counters, Served
@@ -53,12 +54,18 @@ class Pager:
     """Serves one restore. ``emit`` gets the events (job.py), ``control`` gives the commands that come meanwhile."""
 
     def __init__(
-        self, job: Job, board: Board, emit: Callable[[dict[str, Any]], None], control: socket.socket | None
+        self,
+        job: Job,
+        board: Board,
+        emit: Callable[[dict[str, Any]], None],
+        control: socket.socket | None,
+        keepsake: Keepsake | None = None,
     ) -> None:
         self._job = job
         self._board = board
         self._emit_line = emit
         self._control = control
+        self._keepsake = keepsake or Keepsake(None)
         self._began = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._pace = background.Pace()
@@ -362,6 +369,7 @@ class Pager:
                     continue
                 was_dead = space.dead
                 self._selector.unregister(space.descriptor)
+                self._keepsake.take_back(space.descriptor)
                 space.close()
                 self._spaces.remove(space)
                 self._hungry.discard(space)
@@ -388,6 +396,7 @@ class Pager:
 
     def _probe(self) -> None:
         """What nobody tells: processes that ended or exec'd, the end of patience."""
+        self._keepsake.tell()
         for space in self._spaces:
             if self._restored_at is not None and not space.dead:
                 space.probe()
@@ -410,6 +419,7 @@ class Pager:
         return {each.pages_id: each.pages_bytes for each in self._pagemaps.values()}
 
     def _watch_space(self, space: AddressSpace) -> None:
+        self._keepsake.give(space.descriptor)
         self._spaces.append(space)
         self._watch(space.descriptor, lambda: self._readable(space))
 
