@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+
+import pytest
 
 from relume.pager.keepsake import Keepsake, Kept
 
+Pair = tuple[Keepsake, Kept, socket.socket]
 
-def _pair() -> tuple[Keepsake, Kept, socket.socket]:
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    """Both ends, and the socket of the first."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return Keepsake(ours), Kept(theirs), ours
+    kept = Kept(theirs)
+    yield Keepsake(ours), kept, ours
+    kept.close()
+    ours.close()
 
 
 def _ended(reading: int) -> bool:
@@ -22,8 +32,8 @@ def _ended(reading: int) -> bool:
         return False
 
 
-def test_what_is_given_stays_open_until_it_is_taken_back() -> None:
-    keepsake, kept, _ = _pair()
+def test_what_is_given_stays_open_until_it_is_taken_back(pair: Pair) -> None:
+    keepsake, kept, _ = pair
     reading, writing = os.pipe()
     keepsake.give(writing)
     assert kept.receive()
@@ -38,8 +48,8 @@ def test_what_is_given_stays_open_until_it_is_taken_back() -> None:
     os.close(reading)
 
 
-def test_it_outlives_the_giver() -> None:
-    keepsake, kept, ours = _pair()
+def test_it_outlives_the_giver(pair: Pair) -> None:
+    keepsake, kept, ours = pair
     reading, writing = os.pipe()
     keepsake.give(writing)
     os.close(writing)
@@ -51,8 +61,8 @@ def test_it_outlives_the_giver() -> None:
     os.close(reading)
 
 
-def test_a_keeper_that_does_not_listen_holds_nobody_up() -> None:
-    keepsake, kept, _ = _pair()
+def test_a_keeper_that_does_not_listen_holds_nobody_up(pair: Pair) -> None:
+    keepsake, kept, _ = pair
     pipes = [os.pipe() for _ in range(400)]
     for _, writing in pipes:
         keepsake.give(writing)
@@ -69,9 +79,9 @@ def test_a_keeper_that_does_not_listen_holds_nobody_up() -> None:
         os.close(reading)
 
 
-def test_without_a_keeper() -> None:
+def test_without_a_keeper(pair: Pair) -> None:
     Keepsake(None).give(0)
-    keepsake, kept, _ = _pair()
+    keepsake, kept, _ = pair
     kept.close()
     keepsake.give(0)
     keepsake.take_back(0)
