@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -247,3 +248,48 @@ def _flip(path: Path, offset: int) -> None:
         byte = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([byte ^ 4]))
+
+
+def unpinnable(checkpoint: Checkpoint, pid: int) -> int:
+    """Lazy pages that get_user_pages under the mmap lock cannot have, as a driver that pins memory asks for them.
+
+    Reading /proc/PID/mem is such a call (__access_remote_vm): EIO where a userfaultfd would have to be waited for.
+    """
+    missing = 0
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for extent in read_pagemap(checkpoint.images, pid).lazy:
+            for address in range(extent.address, extent.end, 4096):
+                try:
+                    memory.seek(address)
+                    memory.read(1)
+                except OSError as error:
+                    assert error.errno == errno.EIO
+                    missing += 1
+    return missing
+
+
+def test_what_comes_whole_can_be_pinned(torture: Torture) -> None:
+    checkpoint = torture.checkpoint
+    first, *others = checkpoint.pids
+    record = torture.folder / "not-learned"
+    with checkpoint.pager(fill="demand", whole=(first,), threads=3, record=record) as pager:
+        assert checkpoint.restore(lazy=True, stopped=True).returncode == 0
+        whole = pager.event("whole")
+        lazy = sum(extent.length for extent in read_pagemap(checkpoint.images, first).lazy)
+        assert 0.9 * lazy < whole["bytes"] <= lazy  # a few pages came by faults before
+        assert whole["copy_seconds"] > 0
+        assert unpinnable(checkpoint, first) == 0
+        assert unpinnable(checkpoint, others[0]) > 1000  # the rest is as lazy as ever
+        pager.send(command="first_answer")
+        assert pager.event("recorded")["bytes"] < lazy
+
+
+def test_the_torture_passes_while_all_of_one_process_comes_in(torture: Torture) -> None:
+    torture.go()
+    checkpoint = torture.checkpoint
+    with checkpoint.pager(whole=tuple(checkpoint.pids), threads=3) as pager:
+        assert checkpoint.restore(lazy=True).returncode == 0
+        pager.event("whole")
+        pager.send(command="first_answer")
+        torture.wait()
+        pager.event("filled")

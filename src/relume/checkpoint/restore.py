@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,14 @@ class Restoration:
             "fill": fill,
             "cgroup": cgroup,
             "verify": str(self.verified) if self.verified else None,
+            **self._whole_processes(),
         }
+
+    def _whole_processes(self) -> dict[str, Any]:
+        """Processes whose device memory was put away must lack nothing when the driver gives it back, for it pins
+        pages (relume.pager.whole)."""
+        pids = [process["inside"] for process in self.checkpoint.gpu.get("processes", ())]
+        return {"whole": pids, "threads": max(2, min(8, (os.cpu_count() or 2) // 2))} if pids else {}
 
     def job(
         self, *, images: Path, work: Path, pager: dict[str, Any] | None, stopped: bool = False

@@ -102,6 +102,9 @@ class BringUp:
             coming.add_done_callback(_retrieved)
             if instance.grant is not None:
                 told = await start.unless_called_off(coming)
+                if pager is not None:
+                    await start.unless_called_off(instance.until_whole(checkpoint.lazy_bytes))
+                    start.trace.mark("whole")
                 reviving = self._gpus.revive(instance.grant, told["pid"], places.cgroup, checkpoint.gpu)
                 await start.unless_called_off(reviving)
                 instance.gpu_given = True
@@ -171,6 +174,8 @@ class BringUp:
         """The pager's job, or None (and why, in ``instance.memory``) to read all memory before the app runs."""
         settings = instance.settings
         why_eager = "asked for" if memory == "eager" else restoration.why_eager(settings.limits.memory)
+        if memory == "criu" and restoration.checkpoint.gpu:
+            why_eager = "CRIU's daemon cannot bring a GPU's processes in before the driver needs them"
         if not self._pages_lazily:
             why_eager = "userfaultfd is not allowed on this node"
         if why_eager:

@@ -70,6 +70,8 @@ class Hearing:
         """Memory that could not be served has ended the instance; after it was ready, another takes its place."""
         if self._region is not None:
             self._region_hears(self._region, instance, told)
+        if told["event"] in ("whole", "filled"):
+            instance.whole.set()
         if told["event"] != "failed":
             return
         log.error("paging of %s failed: %s", instance.instance_id, told["reason"])

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 InstanceState = Literal["starting", "ready", "stopping", "exited", "failed", "prepared"]
 
 _LAST_WORDS = 4096
+_SLOWEST_DISK = 50e6
+"""Bytes per second."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -77,6 +79,8 @@ class Instance:
     asked: set[int] = dataclasses.field(default_factory=set)
     """The requests of the app that are being answered or were."""
     timeline: dict[str, float] = dataclasses.field(default_factory=dict)
+    whole: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    """Set when the processes that a GPU's driver is to work on lack no memory any more."""
 
     @property
     def url(self) -> str | None:
@@ -122,14 +126,30 @@ class Instance:
         except OSError:
             return ""
 
-    async def until_ready(self, patience: float) -> None:
-        """Return when it is ready. Raises StartFailed when it ends first or takes over ``patience`` seconds."""
-        waits = [asyncio.ensure_future(event.wait()) for event in (self.ready, self.ended, self.keeper.lost)]
+    async def until_whole(self, size: int) -> None:
+        """Return when ``whole`` is set, for ``size`` bytes of memory. Raises StartFailed when it ends first or takes
+        longer than the slowest disk would."""
+        patience = 60 + size / _SLOWEST_DISK
+        await self._any_of(self.whole, patience)
+        if not self.whole.is_set():
+            raise StartFailed(
+                f"the memory of {self.build.app} was not there within {patience:.0f} s, as its GPU's driver needs it",
+                hint="a slow disk, or no memory to spare: the instance's keeper.log has the pager's words",
+                log=self.last_words(),
+            )
+
+    async def _any_of(self, event: asyncio.Event, patience: float) -> None:
+        """Wait for ``event``, its end, its keeper's loss, or ``patience`` seconds."""
+        waits = [asyncio.ensure_future(each.wait()) for each in (event, self.ended, self.keeper.lost)]
         try:
             await asyncio.wait(waits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
+
+    async def until_ready(self, patience: float) -> None:
+        """Return when it is ready. Raises StartFailed when it ends first or takes over ``patience`` seconds."""
+        await self._any_of(self.ready, patience)
         if self.ready.is_set():
             return
         words = self.last_words()

@@ -6,6 +6,7 @@ instance and ends). From it, each with ``"seconds"`` since the job came:
 
 ``listening``  CRIU may be started
 ``restored``   CRIU is done, the app runs
+``whole``      ``bytes``, ``copy_seconds``: the processes of ``whole`` lack nothing, and no userfaultfd is on them
 ``replayed``   ``bytes``, ``copy_seconds``, ``ahead`` (bytes given before ``restored``), ``blocks``, ``withheld``
 ``recorded``   ``bytes``, ``pieces``, ``missed``, ``path``: what was learned is on disk
 ``answered``   the first answer left; what follows was not needed for it
@@ -59,7 +60,8 @@ class Job:
     "demand". ``cgroup`` is the instance's group as relume.linux.cgroup names them; without it the restored
     processes and their descendants are what is killed on a failure. ``verify`` is a folder for the memory of
     verified blocks; without it nothing is hashed. ``record_limit_s`` bounds the recording, in seconds.
-    ``remote`` says where missing pages come from; without it the images are whole.
+    ``remote`` says where missing pages come from; without it the images are whole. ``whole`` are processes (pids
+    in the image) that get all their memory before anybody asks for it (whole.py says who needs that).
     """
 
     images: Path
@@ -73,6 +75,7 @@ class Job:
     record_limit_s: float = 60.0
     await_answer: bool = True
     remote: Remote | None = None
+    whole: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, line: str) -> Job:
@@ -90,6 +93,7 @@ class Job:
                 verify=_path(fields.get("verify")),
                 record_limit_s=float(fields.get("record_limit_s", 60.0)),
                 remote=Remote(**fields["remote"]) if fields.get("remote") else None,
+                whole=tuple(int(pid) for pid in fields.get("whole", ())),
             )
         except (ValueError, TypeError, KeyError) as error:
             raise PagerError(
@@ -115,6 +119,7 @@ class Job:
                 "verify": str(self.verify) if self.verify else None,
                 "record_limit_s": self.record_limit_s,
                 "remote": dataclasses.asdict(self.remote) if self.remote else None,
+                "whole": list(self.whole),
             }
         )
 

@@ -31,6 +31,7 @@ from relume.pager.keepsake import Keepsake
 from relume.pager.ranges import Range, RangeMap
 from relume.pager.source import FileSource, NoPages, PageSource
 from relume.pager.space import AddressSpace, Counters, Served
+from relume.pager.whole import Whole
 from relume.pager.working_set import Piece, Run, WorkingSet
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Pager:
         self._touched: list[Piece] = []
         self._learned: WorkingSet | None = None
         self._replay: background.Replay | None = None
+        self._whole: Whole | None = None
         self._fill: background.Fill | None = None
         self._verifier: Verifier | None = None
         self._slow: queue.SimpleQueue[tuple[AddressSpace, int]] = queue.SimpleQueue()
@@ -112,6 +114,7 @@ class Pager:
         else:
             self._open_remote()
         self._read_for_criu()
+        self._prepare_whole()
         self._prepare_replay()
         # Needed before CRIU is done: its restorer touches the memory it has just registered.
         for number in range(_DEMAND_THREADS):
@@ -182,6 +185,15 @@ class Pager:
                 if not extent.lazy:
                     source.prefetch(extent.offset, extent.length)
 
+    def _prepare_whole(self) -> None:
+        if self._job.whole:
+            sources = {
+                pid: (self._sources[pid], list(self._pending[pid]))
+                for pid in self._job.whole
+                if pid in self._sources
+            }
+            self._whole = Whole(sources, self._job.threads, self._pace, self._wake, self._fail)
+
     def _prepare_replay(self) -> None:
         if self._job.working_set is None:
             return
@@ -246,6 +258,9 @@ class Pager:
         )
         self._watch_space(space)
         self._by_pages[space.pages_id] = space
+        if self._whole and task.pid in self._job.whole:
+            space.on_copy = None  # nothing to learn where everything comes
+            self._whole.start(task.pid, space)
         if self._replay:
             space.expected = self._replay.planned
             self._replay.start(self._by_pages.get)
@@ -360,9 +375,13 @@ class Pager:
 
     def _close_complete(self) -> None:
         """Lets go of memory that lacks nothing or is gone; from then on the kernel gives zeros, rightly."""
-        if self._restored_at is None or (self._replay and not self._replay.finished):
+        if self._restored_at is None:
             return
+        whole = self._whole.spaces if self._whole else []
+        replaying = self._replay is not None and not self._replay.finished
         for space in list(self._spaces):
+            if replaying and space not in whole:
+                continue
             if space.dead or space.complete:
                 self._readable(space)  # what came since may say otherwise
                 if not space.dead and not space.complete:
@@ -375,6 +394,9 @@ class Pager:
                 self._hungry.discard(space)
                 self._survived |= not was_dead
                 self._finished.append(space.counters)
+        if self._whole and not self._whole.told and not any(space in self._spaces for space in whole):
+            self._whole.told = True
+            self._emit("whole", bytes=self._whole.copied, copy_seconds=round(self._whole.seconds, 6))
 
     def _over(self) -> bool:
         if self._restored_at is None or self._spaces:

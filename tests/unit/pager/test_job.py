@@ -16,6 +16,8 @@ def test_a_job_survives_its_line() -> None:
     assert Job.parse(Job(Path("/i"), Path("/w")).line()) == Job(Path("/i"), Path("/w"))
     remote = Job(Path("/i"), Path("/w"), remote=Remote("file:///r", "/k", "/state", "n", 1, "b", "p", 2, 3.0))
     assert Job.parse(remote.line()) == remote
+    whole = Job(Path("/i"), Path("/w"), whole=(1, 17))
+    assert Job.parse(whole.line()) == whole
 
 
 @pytest.mark.parametrize(
