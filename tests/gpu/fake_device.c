@@ -56,6 +56,30 @@ int transfer(struct alloc *a, void *host, uint64_t offset, uint64_t bytes, int w
     return OK;
 }
 
+/*
+ * What os_lock_user_pages does: get_user_pages while holding the mmap lock, so without FAULT_FLAG_ALLOW_RETRY.
+ * Reading /proc/self/mem takes the same path in the kernel (__access_remote_vm): EIO where a userfaultfd is in the way.
+ */
+int pin_pages(uintptr_t start, size_t size) {
+    int fd = open("/proc/self/mem", O_RDONLY | O_CLOEXEC), result = OK;
+    if (fd < 0) return UNKNOWN;
+    for (size_t at = 0; at < size && !result; at += 4096) {
+        char byte;
+        if (pread(fd, &byte, 1, (off_t)(start + at)) != 1) result = INVALID_VALUE;
+    }
+    close(fd);
+    return result;
+}
+
+static int pin_all(void) {
+    int failed = OK;
+    for (struct alloc *a = box.allocs; a < box.allocs + MAX_ALLOCS && !failed; a++)
+        if (a->size) failed = pin_pages((uintptr_t)a->host, a->size);
+    for (struct pin *p = box.pins; p < box.pins + MAX_PINS && !failed; p++)
+        if (p->size) failed = pin_pages(p->start, p->size);
+    return failed;
+}
+
 void hold_handle(void) {
     char path[320];
     snprintf(path, sizeof path, "%s/nvidiactl", root());
@@ -99,10 +123,14 @@ static int do_checkpoint(void) {
 }
 
 static int do_restore(void) {
+    if (box.stuck) return OPERATING_SYSTEM;
+    int unpinned = pin_all();
+    if (unpinned) return unpinned;
     for (struct alloc *a = box.allocs; a < box.allocs + MAX_ALLOCS; a++) {
         if (!a->size) continue;
         a->gpu = box.new_gpu[a->gpu];
         int failed = make_file(a);
+        box.stuck = failed == OUT_OF_MEMORY;
         if (failed) return failed;
         if (transfer(a, a->host, 0, a->size, 1)) return UNKNOWN;
         munmap(a->host, a->size);
