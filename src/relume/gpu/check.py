@@ -2,8 +2,9 @@
 
 Each step says ``"ok"``: true, false, or null where it could not be made, and then in ``missing`` which file, program or
 privilege it lacks. Steps: ``versions``; ``plain`` and ``graphs``, which suspend and resume a process of ours with
-device memory of known content (the second with many blocks, a stream and a captured graph); ``move``, onto another GPU
-of the model; ``container``, through runc and CRIU into a copy. Rates are bytes/s; ``pinned`` is a plain copy between
+device memory of known content (the second with many blocks, a stream, a captured graph and a kernel); ``move``, onto
+another GPU of the model; ``container``, through runc and CRIU into a copy; ``paged``, the same with the copy's memory
+from relume's pager. Rates are bytes/s; ``pinned`` is a plain copy between
 pinned memory and the device in the same process, the bus's own speed.
 
 Ends with 0 if no step was wrong, 1 if one was, 3 if none could be made.
@@ -21,6 +22,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +37,8 @@ from relume.gpu.platform import cuda_text
 from relume.gpu.story import GpuCheckpointer, Resumed, Suspended
 
 GIB: Final = 1 << 30
+REGISTERED: Final = 16 << 20
+"""Bytes of the workload's own memory that the driver pins."""
 Report = dict[str, Any]
 
 
@@ -98,9 +102,15 @@ async def round_trip(
     gpu = GpuCheckpointer(driver)
     async with workload() as app:
         await app.ask("fill", size=size, blocks=blocks, seed=size)
+        await app.ask("register", size=REGISTERED)
+        without_kernel = ""
         if graph:
             await app.ask("graph")
             await app.ask("launch")
+            try:
+                await app.ask("mix", seed=size)
+            except RuntimeError as error:  # no JIT compiler beside the driver, or PTX it does not know
+                without_kernel = str(error)
         pinned = await app.ask("bandwidth", size=min(size, 256 << 20))
         before = await app.ask("hash")
         suspended = await gpu.suspend([app.pid])
@@ -113,12 +123,21 @@ async def round_trip(
         if graph:
             await app.ask("write", seed=size)
             await app.ask("launch")
+            if not without_kernel:
+                await app.ask("mix", seed=size)
             ran_on = (await app.ask("hash")) == before
         same = before == after
+        pinned_again = (await app.ask("pinned"))["equal"]
         return {
-            "ok": same and ran_on,
+            "ok": same and ran_on and pinned_again,
             "content_equal": same,
-            **({"graph_runs_on": ran_on} if graph else {}),
+            "registered_memory_equal": pinned_again,
+            **(
+                {"graph_runs_on": ran_on, "kernel_runs_on": None if without_kernel else ran_on}
+                if graph
+                else {}
+            ),
+            **({"without_kernel": without_kernel} if without_kernel else {}),
             "bytes": before["bytes"],
             "blocks": blocks,
             **_times(suspended, resumed, before["bytes"], pinned),
@@ -165,9 +184,11 @@ async def versions(driver: DriverHelper, machine: Machine) -> Report:
 
 def _gpu_missing(hello: Mapping[str, Any], machine: Machine) -> list[str]:
     missing = [] if machine.gpus else [f"a GPU that NVML shows ({machine.reason})"]
-    if not hello["ready"]:
-        missing.append(hello["error"]["message"])
-    return missing
+    return missing + _driver_missing(hello)
+
+
+def _driver_missing(hello: Mapping[str, Any]) -> list[str]:
+    return [] if hello["ready"] else [hello["error"]["message"]]
 
 
 async def check(options: argparse.Namespace, report: Callable[[str, Report], None]) -> None:
@@ -175,7 +196,8 @@ async def check(options: argparse.Namespace, report: Callable[[str, Report], Non
     async with AsyncExitStack() as stack:
         driver = await stack.enter_async_context(DriverHelper())
         machine = await driver.survey()
-        missing = _gpu_missing(await driver.hello(), machine)
+        hello = await driver.hello()
+        missing, no_driver = _gpu_missing(hello, machine), _driver_missing(hello)
         report("versions", await versions(driver, machine))
         size = options.size or _size(machine)
 
@@ -187,20 +209,24 @@ async def check(options: argparse.Namespace, report: Callable[[str, Report], Non
                 outcome = {"ok": None, "missing": list(lacking.args)}
             except RelumeError as error:
                 outcome = {"ok": False, "error": error.as_dict()}
+                if os.geteuid() != 0:
+                    outcome["try"] = "as root: the driver may ask for the right to trace the process"
             except Exception as error:
                 outcome = {"ok": False, "error": f"{type(error).__name__}: {error}"}
             report(name, outcome | {"seconds": round(time.monotonic() - started, 3)})
 
-        def with_gpu(made: Callable[[], Awaitable[Report]]) -> Callable[[], Awaitable[Report]]:
+        def unless(what: list[str], made: Callable[[], Awaitable[Report]]) -> Callable[[], Awaitable[Report]]:
             async def lacking() -> Report:
-                raise Missing(*missing)
+                raise Missing(*what)
 
-            return lacking if missing else made
+            return lacking if what else made
 
-        await step("plain", with_gpu(lambda: round_trip(driver, size, 1, graph=False)))
-        await step("graphs", with_gpu(lambda: round_trip(driver, size, 96, graph=True)))
-        await step("move", with_gpu(lambda: _move(driver, machine, size)))
-        await step("container", lambda: _container(driver, machine, size, options.cdi, missing))
+        # The first two need the driver alone; NVML only says how much they may take.
+        await step("plain", unless(no_driver, lambda: round_trip(driver, size, 1, graph=False)))
+        await step("graphs", unless(no_driver, lambda: round_trip(driver, size, 96, graph=True)))
+        await step("move", unless(missing, lambda: _move(driver, machine, size)))
+        for name, paged in (("container", False), ("paged", True)):
+            await step(name, partial(_container, driver, machine, size, options.cdi, missing, paged=paged))
 
 
 async def _move(driver: DriverHelper, machine: Machine, size: int) -> Report:
@@ -221,19 +247,19 @@ async def _move(driver: DriverHelper, machine: Machine, size: int) -> Report:
 
 
 async def _container(
-    driver: DriverHelper, machine: Machine, size: int, folders: list[Path], missing: list[str]
+    driver: DriverHelper, machine: Machine, size: int, folders: list[Path], missing: list[str], *, paged: bool
 ) -> Report:
-    lacking, requirements = container_requirements(machine, cdi.load(folders))
+    lacking, requirements = container_requirements(machine, cdi.load(folders), paged=paged)
     if requirements is None or missing:
         raise Missing(*missing, *lacking)
-    return await container_step(driver, requirements, size)
+    return await container_step(driver, requirements, size, paged=paged)
 
 
 def _size(machine: Machine) -> int:
     """Half of the first GPU's free memory, a quarter of the host's, 8 GiB at most."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024
-    free = machine.gpus[0].memory_bytes - machine.gpus[0].used_bytes if machine.gpus else 0
+    free = machine.gpus[0].free_bytes if machine.gpus else GIB
     return min(8 * GIB, free // 2, available // 4)
 
 

@@ -1,18 +1,20 @@
-"""``script/gpu-check``'s last step: the GPU path through runc and CRIU, from a running container into a copy of it.
+"""``script/gpu-check``'s last steps: the GPU path through runc and CRIU, from a running container into a copy of it.
 
 As small as it can be, to show where a fault lies: the machine's own root filesystem under an overlay, no network, no
-user namespace, one process, CRIU's eager restore. The original is checkpointed, resumed and asked; then it is ended,
-and a copy restored from the images is given its GPU and asked the same.
+user namespace, one process. The original is checkpointed, resumed and asked; then it is ended, and a copy restored from
+the images is given its GPU and asked the same. Once CRIU reads all memory itself, once relume's pager brings it in.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,14 @@ from relume.runc.command import Runc, find_criu, find_runc
 _MIN_CRIU: Final = (4, 1)
 _CRIU_OPTIONS: Final = "ext-unix-sk\nlink-remap\nfile-locks\nnetwork-lock skip\ntcp-close\n"
 _ANSWER_S: Final = 600.0
+_PLACES: Final = [path for path in map(Path, ("/var/tmp", "/tmp", "/run")) if path.is_dir()]
+_PAGER_NEEDS: Final = ("blake3", "google.protobuf")
+_CAPABILITIES: Final = (
+    ("CAP_SYS_ADMIN", 21, "mounts and namespaces"),
+    ("CAP_SYS_PTRACE", 19, "CRIU stops the process by ptrace"),
+    ("CAP_NET_ADMIN", 12, "the container's network namespace"),
+    ("CAP_SYS_CHROOT", 18, "the container's root"),
+)
 
 
 @dataclass(slots=True)
@@ -80,12 +90,16 @@ class Requirements:
     edits: cdi.OciEdits
 
 
-async def container_step(driver: DriverHelper, requirements: Requirements, size: int) -> dict[str, Any]:
+async def container_step(
+    driver: DriverHelper, requirements: Requirements, size: int, *, paged: bool
+) -> dict[str, Any]:
     """The step's report. Raises RelumeError when something fails; nothing is left behind either way."""
     gpu, edits = requirements.gpu, requirements.edits
     checkpointer = GpuCheckpointer(driver)
+    place = max(_PLACES, key=lambda path: shutil.disk_usage(path).free)
+    size = min(size, shutil.disk_usage(place).free // 3)
     with contextlib.ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relume-gpu-", dir="/run")))
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relume-gpu-", dir=place)))
         runc = replace(requirements.runc, root=work / "runc")
         images, options = work / "images", work / "criu.conf"
         (work / "plugins").mkdir()
@@ -94,6 +108,8 @@ async def container_step(driver: DriverHelper, requirements: Requirements, size:
         original = stack.enter_context(_bundle(runc, work, "original", edits, options))
         _start(original, "run")
         await original.ask("fill", size=size, blocks=4, seed=size)
+        await original.ask("register", size=16 << 20)
+        bus = await original.ask("bandwidth", size=min(size, 256 << 20))
         before = await original.ask("hash")
         started = time.monotonic()
         suspended = await checkpointer.suspend([original.pid])
@@ -107,11 +123,20 @@ async def container_step(driver: DriverHelper, requirements: Requirements, size:
         went_on = await original.ask("hash") == before
         _end(original)
         copy = stack.enter_context(_bundle(runc, work, "copy", edits, options))
-        restore_s = _start(copy, "restore", f"--image-path={images}", f"--work-path={work}")
+        pager = _Pager(images, work) if paged else None
+        if pager is not None:
+            stack.callback(pager.close)
+            pager.event("listening")
+        lazy = ["--lazy-pages"] if paged else []
+        restore_s = _start(copy, "restore", f"--image-path={images}", f"--work-path={work}", *lazy)
+        whole = pager.event("whole") if pager is not None else {}
         returned = await checkpointer.restore([copy.pid], {gpu.uuid: gpu.uuid}, expected=1)
         same = await copy.ask("hash") == before
+        pinned = (await copy.ask("pinned"))["equal"]
         return {
-            "ok": went_on and same,
+            "ok": went_on and same and pinned,
+            "registered_memory_equal": pinned,
+            **({"paged_bytes": whole["bytes"], "paged_copy_s": whole["copy_seconds"]} if whole else {}),
             "original_goes_on": went_on,
             "content_equal_in_copy": same,
             "bytes": before["bytes"],
@@ -122,24 +147,74 @@ async def container_step(driver: DriverHelper, requirements: Requirements, size:
             "app_stopped_s": round(stopped_s, 4),
             "restore_s": round(restore_s, 4),
             "gpu_restore_s": round(returned.seconds, 4),
+            "gpu_restore_rate": int(size / max(returned.restore_s, 1e-9)),
+            "pinned_to_device_rate": int(bus["to_device"]),
             "runc": _version(runc.binary),
             "criu": _version(runc.criu),
         }
 
 
-def container_requirements(machine: Machine, registry: cdi.Registry) -> tuple[list[str], Requirements | None]:
+class _Pager:
+    """A ``relume.pager``, a process with its job as JSON: the container's only process, 1, has to come whole."""
+
+    def __init__(self, images: Path, work: Path) -> None:
+        self._ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "relume.pager", "--control", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        threads = max(2, min(8, (os.cpu_count() or 2) // 2))
+        job = {"images": str(images), "work_dir": str(work), "whole": [1], "threads": threads}
+        self._ours.sendall(json.dumps(job).encode() + b"\n")
+        self._events = self._ours.makefile("rb")
+        self._ours.settimeout(_ANSWER_S)
+
+    def event(self, name: str) -> dict[str, Any]:
+        """The event ``name``, when it comes. Raises EngineError when the pager ends before."""
+        last = ""
+        for line in self._events:
+            event: dict[str, Any] = json.loads(line)
+            if event["event"] == name:
+                return event
+            last = str(event)
+        raise EngineError(f"the pager ended before {name!r}: {last}")
+
+    def close(self) -> None:
+        self._events.close()
+        self._ours.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def container_requirements(
+    machine: Machine, registry: cdi.Registry, *, paged: bool = False
+) -> tuple[list[str], Requirements | None]:
     """What is missing here, in words; and what there is, if nothing is."""
     missing: list[str] = []
     if os.geteuid() != 0:
         missing.append("root")
-    elif not _can_mount():
-        missing.append("CAP_SYS_ADMIN (mounting an overlay)")
+    else:
+        missing += [f"{name} ({why})" for name, bit, why in _CAPABILITIES if not _capable(bit)]
+        missing += _cannot_mount() if not missing else []
+    if paged:
+        missing += [
+            f"the Python package {name}, for this Python" for name in _PAGER_NEEDS if not _importable(name)
+        ]
     runc: Runc | None = None
     try:
         runc = Runc(find_runc(), Path("/run/relume-gpu"), find_criu())
         version = tuple(int(part) for part in re.findall(r"\d+", _version(runc.criu))[:2])
         if version < _MIN_CRIU:
             missing.append(f"CRIU 4.1 or newer (this is {_version(runc.criu) or 'none that runs'})")
+        elif os.geteuid() == 0:
+            missing += _criu_says(runc.criu)
     except HostError as error:
         missing.append(f"{error.message}: {error.hint}")
     edits: cdi.OciEdits | None = None
@@ -156,11 +231,43 @@ def container_requirements(machine: Machine, registry: cdi.Registry) -> tuple[li
     return [], Requirements(machine.gpus[0], runc, edits)
 
 
-def _can_mount() -> bool:
-    """CAP_SYS_ADMIN in our effective set (bit 21, capabilities(7))."""
+def _capable(bit: int) -> bool:
+    """Whether a capability is in our effective set (numbers of capabilities(7))."""
     status = Path("/proc/self/status").read_text()
     (effective,) = re.findall(r"^CapEff:\s*(\w+)", status, re.MULTILINE)
-    return bool(int(effective, 16) >> 21 & 1)
+    return bool(int(effective, 16) >> bit & 1)
+
+
+def _cannot_mount() -> list[str]:
+    """Tries what ``_bundle`` does, in a mount namespace that goes with the try; and whether runc can make a cgroup."""
+    with tempfile.TemporaryDirectory(prefix="relume-gpu-") as folder:
+        mounts = (
+            f"mount -t tmpfs tmpfs {folder} && cd {folder} && mkdir u w r && "
+            "mount -t overlay -o lowerdir=/,upperdir=u,workdir=w overlay r"
+        )
+        tried = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", mounts], check=False, capture_output=True, text=True
+        )
+    missing = [f"the right to mount an overlay of /: {tried.stderr.strip()}"] if tried.returncode else []
+    groups = Path("/sys/fs/cgroup")
+    if not groups.is_dir() or os.statvfs(groups).f_flag & os.ST_RDONLY:
+        missing.append(f"a cgroup file system at {groups} that can be written to")
+    return missing
+
+
+def _criu_says(criu: Path | None) -> list[str]:
+    """What `criu check` misses, its last error; nothing where it is content."""
+    done = subprocess.run([str(criu), "check"], check=False, capture_output=True, text=True)
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if "Error" in line]
+    return [f"what `criu check` asks for: {errors[-1].strip()}"] if done.returncode and errors else []
+
+
+def _importable(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

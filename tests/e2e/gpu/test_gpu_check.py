@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def check(root: Path, python: str) -> dict[str, Any]:
-    """The container step's line of ``script/gpu-check --fake``, with everything else right too."""
+    """The container steps' lines of ``script/gpu-check --fake``, with everything else right too."""
     done = subprocess.run(
         [root / "script/gpu-check", "--fake"],
         env={"PATH": os.environ["PATH"], "RELUME_PYTHON": python},
@@ -26,9 +26,11 @@ def check(root: Path, python: str) -> dict[str, Any]:
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and all(line["ok"] for line in lines), lines
-    container: dict[str, Any] = lines[-1]
-    assert container["step"] == "container"
-    return container
+    container, paged = lines[-2:]
+    assert (container["step"], paged["step"]) == ("container", "paged")
+    assert paged["content_equal_in_copy"] and paged["registered_memory_equal"]
+    assert paged["paged_bytes"] > 0.9 * paged["bytes"]
+    return dict(container)
 
 
 def test_a_container_and_its_copy() -> None:
