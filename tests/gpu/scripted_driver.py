@@ -64,6 +64,12 @@ class ScriptedDriver:
             raise DriverError("state", 1, "CUDA_ERROR_INVALID_VALUE", pid)
         return self.states[pid]
 
+    async def restore_thread_id(self, pid: int) -> int:
+        await asyncio.sleep(0)
+        if pid not in self.states:
+            raise DriverError("restore_thread_id", 3, "CUDA_ERROR_NOT_INITIALIZED", pid)
+        return pid
+
     async def lock(self, pid: int, timeout_s: float) -> None:
         await self._step("lock", pid)
 

@@ -108,7 +108,11 @@ class DeviceMemory:
         self, pids: Sequence[int], gpu_map: Mapping[str, str], record: Mapping[str, Any]
     ) -> None:
         """Give a copy that runs its device memory, as ``record`` says. Raises GpuError: the copy is of no use."""
-        await self._checkpointer().restore(pids, gpu_map, expected=len(record["processes"]))
+        from relume.gpu.story import needed
+
+        saved = record["processes"]
+        needs = needed((process["gpus"], process["device_bytes"]) for process in saved)
+        await self._checkpointer().restore(pids, gpu_map, expected=len(saved), needs=needs)
 
 
 def _write_record(work: Path, share: GpuShare, suspended: Suspended) -> None:

@@ -23,6 +23,12 @@ from relume.gpu.nvml import Gpu
 
 FOLDERS: Final = (Path("/etc/cdi"), Path("/var/run/cdi"))
 KIND: Final = "nvidia.com/gpu"
+_LEFT_OUT: Final = "disable-device-node-modification"
+"""A hook of nvidia-ctk that mounts one file of a tmpfs over /proc/driver/nvidia/params, which CRIU cannot save (criu
+#2672). It keeps the libraries from making device nodes in a container; in a user namespace, and without CAP_MKNOD,
+nobody can make any."""
+_SONAMES: Final = ("0", "1", "2")
+"""Versions in the SONAMEs of NVIDIA's libraries; ldconfig makes these links (``nvidia-cdi-hook update-ldcache``)."""
 GENERATE: Final = "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
 
 Edits = dict[str, Any]
@@ -112,20 +118,21 @@ def edits_for(registry: Registry, gpus: Iterable[Gpu]) -> OciEdits:
     return _merge([device.edits for device in chosen] + list(shared.values()))
 
 
-def for_copy(edits: OciEdits, saved: Sequence[str]) -> tuple[OciEdits, tuple[str, ...]]:
-    """The edits for a copy whose checkpoint had the nodes ``saved``; and the nodes to add once it runs (``nodes``).
+def for_copy(edits: OciEdits, saved: Sequence[str]) -> tuple[OciEdits, tuple[str, ...], tuple[str, ...]]:
+    """The edits for a copy whose checkpoint had the nodes ``saved``; the nodes to add once it runs, and those to take
+    away then (``nodes``).
 
     CRIU wants something at each saved name and makes nothing at others. A name that is not the copy's gets /dev/null
     (seen with runc 1.1.5 and CRIU 4.2.1 in a user namespace, where runc binds its devices).
     """
-    stale = [path for path in saved if path not in edits.nodes]
+    stale = tuple(path for path in saved if path not in edits.nodes)
     fill = [
         {"destination": path, "type": "bind", "source": "/dev/null", "options": ["bind", "nosuid"]}
         for path in stale
     ]
     kept = tuple(device for device in edits.devices if device["path"] in saved)
     new = tuple(path for path in edits.nodes if path not in saved)
-    return replace(edits, devices=kept, mounts=(*edits.mounts, *fill)), new
+    return replace(edits, devices=kept, mounts=(*edits.mounts, *fill)), new, stale
 
 
 def apply(config: dict[str, Any], edits: OciEdits) -> dict[str, Any]:
@@ -174,10 +181,12 @@ def _merge(parts: Sequence[Edits]) -> OciEdits:
         for mount in part.get("mounts") or ():
             mounts.setdefault(mount["containerPath"], _mount(mount))
         for hook in part.get("hooks") or ():
+            if _LEFT_OUT in (hook.get("args") or ()):
+                continue
             entry = {key: hook[key] for key in ("path", "args", "env", "timeout") if hook.get(key)}
             if (hook["hookName"], entry) not in hooks:
                 hooks.append((hook["hookName"], entry))
-                made += _made_by(hook)
+                made += _made_by(hook, mounts)
     return OciEdits(
         env=tuple(env),
         devices=tuple(device for device, _, _ in nodes.values() if device),
@@ -231,9 +240,20 @@ def _mount(mount: dict[str, Any]) -> dict[str, Any]:
     return {"destination": mount["containerPath"], "source": source, "type": kind, "options": options}
 
 
-def _made_by(hook: dict[str, Any]) -> list[str]:
-    """Paths that NVIDIA's hooks make: `create-symlinks --link TARGET::PATH ...` and `update-ldcache`."""
+def _made_by(hook: dict[str, Any], mounted: Iterable[str]) -> list[str]:
+    """Paths that NVIDIA's hooks may make: `create-symlinks --link TARGET::PATH ...`, and `update-ldcache --folder DIR`,
+    by which ldconfig makes the cache and, beside each library of ``mounted``, the link that programs ask for."""
     args = [str(arg) for arg in hook.get("args") or ()]
-    links = [arg.removeprefix("--link=") for arg in args if "::" in arg] if "create-symlinks" in args else []
-    cache = ["/etc/ld.so.cache"] if "update-ldcache" in args else []
-    return [link.split("::", 1)[1] for link in links] + cache
+    made = []
+    if "create-symlinks" in args:
+        made += [arg.removeprefix("--link=").split("::", 1)[1] for arg in args if "::" in arg]
+    if "update-ldcache" in args:
+        folders = {arg.removeprefix("--folder=").rstrip("/") for arg in args}
+        made.append("/etc/ld.so.cache")
+        for path in mounted:
+            folder, _, name = path.rpartition("/")
+            stem, so, _version = name.partition(".so.")
+            if folder in folders and so:
+                made += [f"{folder}/{stem}.so.{version}" for version in _SONAMES]
+    # Where /lib is a link to /usr/lib, the layer has the file below /usr.
+    return made + [f"/usr{path}" for path in made if path.startswith("/lib")]

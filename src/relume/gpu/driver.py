@@ -40,6 +40,9 @@ NOT_READY: Final = 600
 """What Lock returns when its time-out passed; the process is left running."""
 NO_CONTEXT: Final = frozenset({1, 3, 201})
 """INVALID_VALUE, NOT_INITIALIZED, INVALID_CONTEXT: the answers about a process that never made a context."""
+NOT_CUDA: Final = NO_CONTEXT | {304, 801}
+"""What the two questions (state, restore thread) answer of a process without CUDA: those, and OPERATING_SYSTEM and
+NOT_SUPPORTED (cuda-checkpoint #37; the reference names the latter for both)."""
 
 
 class ProcessState(IntEnum):

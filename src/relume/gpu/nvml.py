@@ -26,6 +26,10 @@ class Gpu:
     mig: bool
     persistence: bool
 
+    @property
+    def free_bytes(self) -> int:
+        return self.memory_bytes - self.used_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Holder:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from relume.errors import GpuMemory, GpuUnsupported
 from relume.gpu.client import AsyncGpuDriver
 from relume.gpu.driver import ProcessState, check_version
-from relume.gpu.processes import Census, CudaProcess, take_census
+from relume.gpu.processes import Census, take_census
 
 UVM_TOLERATED: Final = 64 << 20
 """Bytes of /dev/nvidia-uvm mappings that every context may have without managed memory: the driver maps its
@@ -89,7 +89,7 @@ def judge(
     budget = Budget(
         pids=tuple(process.pid for process in census.cuda),
         host_bytes=host_bytes,
-        device_bytes=sum(_device_bytes(process, census) for process in census.cuda),
+        device_bytes=_device_bytes(census),
         limit=memory_limit,
     )
     for room, whose in (
@@ -152,12 +152,21 @@ def _instance_obstacles(census: Census, max_gpus: int) -> Iterator[Obstacle]:
         )
 
 
-def _device_bytes(process: CudaProcess, census: Census) -> int:
-    if process.device_bytes is not None:
-        return process.device_bytes
-    # NVML will not say for this process; it can have no more than all that is in use on its GPUs.
-    gpus = census.machine.gpus
-    return sum(gpu.used_bytes for gpu in gpus if gpu.uuid in process.gpus or not process.gpus)
+def _device_bytes(census: Census) -> int:
+    known = sum(process.device_bytes or 0 for process in census.cuda)
+    silent = [process for process in census.cuda if process.device_bytes is None]
+    if not silent:
+        return known
+    # NVML will not say for these; together they can have no more than is in use on their GPUs and nobody's else.
+    names = {uuid for process in silent for uuid in process.gpus}
+    gpus = [gpu for gpu in census.machine.gpus if gpu.uuid in names or not names]
+    used = sum(gpu.used_bytes for gpu in gpus)
+    others = sum(
+        holder.used_bytes or 0
+        for holder in census.machine.holders
+        if holder.gpu_uuid in {gpu.uuid for gpu in gpus}
+    )
+    return known + max(0, used - others)
 
 
 def _plus(available: int | None, used: int) -> int | None:

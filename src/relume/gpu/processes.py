@@ -1,8 +1,9 @@
 """Which processes of an instance hold a CUDA context, and what in them the driver cannot save.
 
 /proc says who could (a mapping of libcuda or of an NVIDIA device, an open device), NVML says who holds how much
-memory where, and the driver has the last word: only it knows whether a process made a context. A process that
-ends meanwhile is left out.
+memory where, and the driver has the last word: a process has CUDA if it has a restore thread, which cuInit starts
+(the question that CRIU's plugin asks too; the state answers RUNNING also for launchers without CUDA, as NVIDIA's
+ai-dynamo/snapshot found). A process that ends meanwhile is left out.
 
 From outside, some things show only by their traces: managed memory is mapped from /dev/nvidia-uvm at its own
 address (seen in google/gvisor #10331), NCCL and legacy CUDA IPC keep files in /dev/shm. Where there is no trace
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from relume.gpu.client import AsyncGpuDriver
-from relume.gpu.driver import NO_CONTEXT, DriverError, ProcessState
+from relume.gpu.driver import NOT_CUDA, DriverError, ProcessState
 from relume.gpu.nvml import Machine
 from relume.linux import proc
 
@@ -26,6 +27,10 @@ _LIBRARY: Final = re.compile(r"/libcuda\.so[^/]*$")
 _UVM: Final = "/dev/nvidia-uvm"
 _NCCL: Final = re.compile(r"/nccl-[^/]*$")
 _IPC: Final = re.compile(r"/cuda\.shm\.[^/]*$")
+_ANONYMOUS: Final = re.compile(r"$|\[heap\]|\[anon|/dev/zero \(deleted\)|/memfd:|/anon_hugepage")
+"""Beginnings of the names of mappings without a file of anybody's."""
+_IDLE: Final = 1 << 30
+"""Bytes in use on a GPU that nobody works on, at most: the driver's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +92,16 @@ async def take_census(driver: AsyncGpuDriver, pids: Iterable[int]) -> Census:
     """Look at each of ``pids`` (host pids, any order). Raises what the driver's calls raise."""
     machine = await driver.survey()
     held = {holder.pid for holder in machine.holders}
+    told = _names_processes(machine)
     cuda: list[CudaProcess] = []
     strays: list[Traces] = []
     for pid in sorted(set(pids)):
         traces = look(pid)
         if traces is None or not (traces.any or pid in held):
             continue
-        state = await state_of(driver, pid)
+        state = await state_of(driver, pid) if await _has_cuda(driver, pid) else None
         if state is not None:
-            cuda.append(_cuda_process(pid, state, traces, machine))
+            cuda.append(_cuda_process(pid, state, traces, machine, told))
         elif traces.devices:
             strays.append(traces)
     return Census(tuple(cuda), tuple(strays), machine)
@@ -106,9 +112,27 @@ async def state_of(driver: AsyncGpuDriver, pid: int) -> ProcessState | None:
     try:
         return await driver.state(pid)
     except DriverError as error:
-        if error.result in NO_CONTEXT:
+        if error.result in NOT_CUDA:
             return None
         raise
+
+
+async def _has_cuda(driver: AsyncGpuDriver, pid: int) -> bool:
+    try:
+        await driver.restore_thread_id(pid)
+    except DriverError as error:
+        if error.result in NOT_CUDA:
+            return False
+        raise
+    return True
+
+
+def _names_processes(machine: Machine) -> bool:
+    """Whether NVML's list of processes can be read here: not where it has none although memory is in use, nor where
+    its pids are of another namespace (then the node runs in a container)."""
+    if not machine.holders:
+        return all(gpu.used_bytes < _IDLE for gpu in machine.gpus)
+    return all(proc.exists(holder.pid) for holder in machine.holders)
 
 
 def look(pid: int) -> Traces | None:
@@ -141,12 +165,16 @@ def look(pid: int) -> Traces | None:
     )
 
 
-def private_memory(pid: int) -> tuple[Range, ...]:
-    """Anonymous private writable memory, neighbours merged; empty if the process is gone."""
+def anonymous_memory(pid: int) -> tuple[Range, ...]:
+    """Writable memory without a file, private or shared, neighbours merged; empty if the process is gone.
+
+    Where the driver puts device memory is its own affair: what the host's side of CUDA gets by cudaMallocHost is
+    shared anonymous memory (ai-dynamo/dynamo #9124), which CRIU restores before the process runs.
+    """
     merged: list[Range] = []
     try:
         for mapping in proc.mappings(pid):
-            if mapping.path or mapping.shared or "w" not in mapping.permissions:
+            if "w" not in mapping.permissions or not _ANONYMOUS.match(mapping.path):
                 continue
             if merged and merged[-1].end == mapping.start:
                 merged[-1] = Range(merged[-1].start, mapping.end)
@@ -174,11 +202,11 @@ def added(before: Iterable[Range], after: Iterable[Range]) -> tuple[Range, ...]:
     return tuple(result)
 
 
-def _cuda_process(pid: int, state: ProcessState, traces: Traces, machine: Machine) -> CudaProcess:
+def _cuda_process(pid: int, state: ProcessState, traces: Traces, machine: Machine, told: bool) -> CudaProcess:
     held = [holder for holder in machine.holders if holder.pid == pid]
     sizes = [holder.used_bytes for holder in held]
-    # No entry is no memory for a process that the driver has put away, and "not told" for a running one.
-    unknown = None in sizes or (not held and state is ProcessState.RUNNING)
+    # No entry is no memory: the driver has put it away, or there was cuInit and no context yet.
+    unknown = None in sizes or (not held and not told and state is ProcessState.RUNNING)
     return CudaProcess(
         pid=pid,
         name=traces.name,

@@ -9,8 +9,8 @@ must kill the instance and boot it. ``suspend`` that fails for another reason ha
 holds for errors, time-outs, a death of the helper and cancellation; what a driver does beyond its documentation
 is not covered (a process in state FAILED stays there: cuda-checkpoint's README promises nothing for it).
 
-Nothing else must use the GPU's freed memory between ``suspend`` and ``resume``: another tenant that takes it makes
-``resume`` wait and retry, then fail.
+Nothing else must use the GPU's freed memory between ``suspend`` and ``resume``. If another tenant took it, the restore
+waits for it to be free: tried too early it fails, and every later try with it (cuda-checkpoint #44).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from relume.errors import GpuError, GpuLost, GpuTimeout, GpuUnsupported, RelumeError
 from relume.gpu.client import AsyncGpuDriver
 from relume.gpu.driver import NO_CONTEXT, NOT_READY, OUT_OF_MEMORY, DriverError, ProcessState, check_version
-from relume.gpu.processes import CudaProcess, Range, added, private_memory, state_of, take_census
+from relume.gpu.processes import CudaProcess, Range, added, anonymous_memory, state_of, take_census
 
 T = TypeVar("T")
 
@@ -41,6 +41,8 @@ class Limits:
     """Of a restore or unlock, before a process counts as lost."""
     pause_s: float = 1.0
     """Between two attempts; doubled each time."""
+    room_s: float = 30.0
+    """For the GPU to have as much memory free as the processes need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,11 @@ class Suspended:
     @property
     def gpus(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(gpu for process in self.processes for gpu in process.gpus))
+
+    @property
+    def needs(self) -> dict[str, int]:
+        """Bytes by GPU that a restore will take, as far as NVML told; of processes on one GPU."""
+        return needed((process.gpus, process.device_bytes) for process in self.processes)
 
     @property
     def host_bytes(self) -> int:
@@ -121,7 +128,8 @@ class GpuCheckpointer:
         census = await take_census(self.driver, pids)
         if not census.cuda:
             return Suspended()
-        check_version(census.machine.driver_version)
+        if census.machine.driver_version:  # else NVML is missing, and the library has the functions
+            check_version(census.machine.driver_version)
         busy = [process for process in census.cuda if process.state is not ProcessState.RUNNING]
         if busy:
             # Left over from a node that died between the two calls. Bring it back first, then go on.
@@ -139,11 +147,35 @@ class GpuCheckpointer:
 
     async def resume(self, suspended: Suspended) -> Resumed:
         """Give the original its GPUs back; a cancellation waits until that is done. Raises GpuLost."""
-        return await _finish(self._bring_back([process.pid for process in suspended.processes], {}))
+        return await _finish(self._resume(suspended))
 
-    async def restore(self, pids: Iterable[int], gpu_map: Mapping[str, str], *, expected: int) -> Resumed:
+    async def _resume(self, suspended: Suspended) -> Resumed:
+        await self._until_room(suspended.needs)
+        return await self._bring_back([process.pid for process in suspended.processes], {})
+
+    async def _until_room(self, needs: Mapping[str, int]) -> None:
+        """Return when the GPUs have ``needs`` free (UUID -> bytes), or after a while all the same."""
+        deadline = time.monotonic() + self.limits.room_s
+        while time.monotonic() < deadline:
+            try:
+                free = {gpu.uuid: gpu.free_bytes for gpu in (await self.driver.survey()).gpus}
+            except RelumeError:
+                return  # the driver's own answer will do
+            if all(free.get(uuid, size) >= size for uuid, size in needs.items()):
+                return
+            await asyncio.sleep(0.2)
+
+    async def restore(
+        self,
+        pids: Iterable[int],
+        gpu_map: Mapping[str, str],
+        *,
+        expected: int,
+        needs: Mapping[str, int] | None = None,
+    ) -> Resumed:
         """Give a copy that CRIU revived the GPUs of ``gpu_map`` (old UUID -> new UUID, every saved GPU).
 
+        ``needs`` are the bytes that were in use on each old one (``needed``).
         ``expected`` is the number of processes that were suspended at the checkpoint. The copy must be running, not
         stopped: the driver works through a thread inside it. Raises GpuLost and GpuDriverTooOld; either way the
         copy is of no use.
@@ -157,6 +189,7 @@ class GpuCheckpointer:
                 hint="is CRIU's own CUDA plugin active? relume switches it off by an empty libdir",
                 lost=[],
             )
+        await self._until_room({gpu_map.get(uuid, uuid): size for uuid, size in (needs or {}).items()})
         return await self._bring_back(waiting, gpu_map)
 
     async def recover(self, pids: Iterable[int]) -> Resumed:
@@ -174,7 +207,7 @@ class GpuCheckpointer:
         return time.monotonic() - started
 
     async def _checkpoint(self, process: CudaProcess, lock_s: float) -> SuspendedProcess:
-        before = private_memory(process.pid)
+        before = anonymous_memory(process.pid)
         started = time.monotonic()
         await self.driver.checkpoint(process.pid, self.limits.checkpoint_s)
         return SuspendedProcess(
@@ -183,7 +216,7 @@ class GpuCheckpointer:
             name=process.name,
             device_bytes=process.device_bytes,
             gpus=process.gpus,
-            ranges=added(before, private_memory(process.pid)),
+            ranges=added(before, anonymous_memory(process.pid)),
             lock_s=lock_s,
             checkpoint_s=time.monotonic() - started,
         )
@@ -255,6 +288,15 @@ class GpuCheckpointer:
             if state is None or state in wanted:
                 return None  # no state: it ended meanwhile, which is its own affair and not a stuck process
         return failure
+
+
+def needed(processes: Iterable[tuple[Sequence[str], int | None]]) -> dict[str, int]:
+    """Bytes by GPU of processes, each given by its GPUs and its bytes on them; of those on exactly one GPU."""
+    needs: dict[str, int] = {}
+    for gpus, size in processes:
+        if len(gpus) == 1 and size:
+            needs[gpus[0]] = needs.get(gpus[0], 0) + size
+    return needs
 
 
 async def _finish(work: Awaitable[T]) -> T:

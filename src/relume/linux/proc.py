@@ -12,6 +12,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 GONE = (FileNotFoundError, ProcessLookupError)
 """What reading /proc of a process raises once it is gone (ENOENT, ESRCH)."""
@@ -185,6 +186,11 @@ def tracers(pid: int) -> set[int]:
         except GONE:
             continue
     return found
+
+
+def exists(pid: int) -> bool:
+    """Whether there is such a process in our pid namespace."""
+    return Path(f"/proc/{pid}").exists()
 
 
 def namespace(pid: int, kind: str) -> int:

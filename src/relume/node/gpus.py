@@ -29,13 +29,15 @@ log = logging.getLogger(__name__)
 class Grant:
     """What an instance was given: its ``share``, and the ``edits`` of its OCI config.
 
-    For a copy, ``gpu_map`` leads from the checkpoint's GPUs to its own, and ``new_nodes`` are to be added to it.
+    For a copy, ``gpu_map`` leads from the checkpoint's GPUs to its own; ``new_nodes`` are to be added to it and
+    ``old_nodes`` taken away.
     """
 
     share: GpuShare
     edits: OciEdits
     gpu_map: Mapping[str, str] = dataclasses.field(default_factory=dict)
     new_nodes: tuple[str, ...] = ()
+    old_nodes: tuple[str, ...] = ()
 
 
 class Gpus:
@@ -119,10 +121,11 @@ class Gpus:
         )
         gpu_map = models.pair(saved.uuids, gpus) if saved else {}
         new_nodes: tuple[str, ...] = ()
+        old_nodes: tuple[str, ...] = ()
         if saved:
-            edits, new_nodes = cdi.for_copy(edits, saved.nodes)
+            edits, new_nodes, old_nodes = cdi.for_copy(edits, saved.nodes)
         self.hold(instance_id, share)
-        return Grant(share, edits, gpu_map, new_nodes)
+        return Grant(share, edits, gpu_map, new_nodes, old_nodes)
 
     def hold(self, instance_id: str, share: GpuShare) -> None:
         """The instance has these: nobody else gets them."""
@@ -142,7 +145,7 @@ class Gpus:
         """
         from relume.gpu import nodes
 
-        await nodes.add(pid, grant.new_nodes)
+        await nodes.change(pid, grant.new_nodes, grant.old_nodes)
         await self.memory.restore(cgroup.processes(group), grant.gpu_map, record)
 
 

@@ -157,15 +157,16 @@ async def test_the_copy_has_the_node_of_its_gpu_and_not_the_originals(
         original.end()
     for path in (images, *images.rglob("*")):
         path.chmod(0o755)  # CRIU reads some images as the mapped root
-    edits, new = cdi.for_copy(cdi.edits_for(registry, GPUS[1:]), first.nodes)
+    edits, new, old = cdi.for_copy(cdi.edits_for(registry, GPUS[1:]), first.nodes)
     copy = Instance(folder, "copy", edits)
     try:
         copy.start("restore", f"--image-path={images}", f"--work-path={images}")
         assert "1" not in copy.words()
-        await nodes.add(copy.pid, new)
-        assert "1" in copy.words().split()
         inside = Path(f"/proc/{copy.pid}/root/dev")
         assert (inside / "relume-test-gpu0").stat().st_rdev == Path("/dev/null").stat().st_rdev
+        await nodes.change(copy.pid, new, old)
+        assert "1" in copy.words().split()
+        assert not (inside / "relume-test-gpu0").exists()
         assert (inside / "relume-test-gpu1").stat().st_rdev == os.makedev(1, 5)
     finally:
         copy.end()
@@ -173,4 +174,4 @@ async def test_the_copy_has_the_node_of_its_gpu_and_not_the_originals(
 
 async def test_a_node_that_is_not_there_is_an_error() -> None:
     with pytest.raises(GpuError, match=r"No such file.*'/dev/relume-none'"):
-        await nodes.add(os.getpid(), ["/dev/relume-none"])
+        await nodes.change(os.getpid(), ["/dev/relume-none"], [])

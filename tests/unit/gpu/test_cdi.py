@@ -92,7 +92,49 @@ def test_edits_of_one_gpu(tmp_path: Path, spec: dict[str, Any], library: Path, n
     assert [hook for hook, _ in edits.hooks] == ["createContainer"] * 2
     assert edits.hooks[1][1]["env"] == ["NVIDIA_CTK_DEBUG=false"]
     assert edits.additional_gids == (44,)
-    assert edits.made == ("/usr/lib/x86_64-linux-gnu/libcuda.so", "/etc/ld.so.cache")
+    links = [f"/usr/lib/x86_64-linux-gnu/libcuda.so{version}" for version in ("", ".0", ".1", ".2")]
+    assert edits.made == (links[0], "/etc/ld.so.cache", *links[1:])
+
+
+@pytest.mark.parametrize("folder", ["/lib/x86_64-linux-gnu", "/usr/lib64"])
+def test_hooks_of_the_newer_nvidia_ctk(
+    tmp_path: Path, spec: dict[str, Any], library: Path, folder: str
+) -> None:
+    """What 1.18 and newer write; device nodes lie below the driver's root, which need not be the host's."""
+    words = {
+        "create-symlinks": ["--link", f"libcuda.so.1::{folder}/libcuda.so"],
+        "enable-cuda-compat": ["--host-driver-version=580.65.06"],
+        "update-ldcache": ["--folder", folder, "--folder", f"{folder}/vdpau"],
+        "disable-device-node-modification": [],
+        "update-application-profile": [],
+    }
+    spec["containerEdits"]["hooks"] = [
+        {"hookName": "createContainer", "path": "/usr/bin/nvidia-cdi-hook", "args": ["x", word, *rest]}
+        for word, rest in words.items()
+    ]
+    libraries = ("libcuda.so.580.65.06", "vdpau/libvdpau_nvidia.so.580.65.06")
+    spec["containerEdits"]["mounts"] = [
+        {"hostPath": str(library), "containerPath": f"{folder}/{name}", "options": ["ro", "rbind"]}
+        for name in libraries
+    ]
+    (tmp_path / "nvidia0").symlink_to("/dev/null")
+    spec["devices"][0]["containerEdits"]["deviceNodes"] = [
+        {"path": "/dev/nvidia0", "hostPath": str(tmp_path / "nvidia0")}
+    ]
+    write(tmp_path / "cdi", "nvidia.yaml", spec)
+    edits = cdi.edits_for(cdi.load([tmp_path / "cdi"]), GPUS[:1])
+    assert {mount["destination"] for mount in edits.mounts} == {
+        "/dev/nvidia0",
+        "/dev/nvidiactl",
+        *(f"{folder}/{name}" for name in libraries),
+    }
+    # CRIU cannot save the mount that disable-device-node-modification makes.
+    ran = [hook["args"][1] for _, hook in edits.hooks]
+    assert ran == [word for word in words if word != "disable-device-node-modification"]
+    made = {f"{folder}/libcuda.so", f"{folder}/libcuda.so.1", f"{folder}/vdpau/libvdpau_nvidia.so.1"}
+    if folder.startswith("/lib/"):  # a link to /usr/lib on most systems
+        made |= {f"/usr{path}" for path in made}
+    assert made | {"/etc/ld.so.cache"} <= set(edits.made)
 
 
 def test_two_gpus_share_the_common_edits_once(tmp_path: Path, spec: dict[str, Any]) -> None:
@@ -129,8 +171,8 @@ def test_a_copy_on_another_gpu(tmp_path: Path, spec: dict[str, Any]) -> None:
     write(tmp_path, "nvidia.yaml", spec)
     registry = cdi.load([tmp_path])
     saved = cdi.edits_for(registry, GPUS[:1]).nodes
-    edits, new = cdi.for_copy(cdi.edits_for(registry, GPUS[1:]), saved)
-    assert saved == ("/dev/null",) and new == ("/dev/zero",) and edits.devices == ()
+    edits, new, old = cdi.for_copy(cdi.edits_for(registry, GPUS[1:]), saved)
+    assert saved == ("/dev/null",) and new == ("/dev/zero",) and old == saved and edits.devices == ()
     assert edits.mounts[-1]["destination"] == "/dev/null" and edits.mounts[-1]["source"] == "/dev/null"
     assert {"allow": True, "type": "c", "major": 1, "minor": 5, "access": "rw"} in edits.rules
     assert not any(rule["minor"] == 3 for rule in edits.rules)
@@ -139,7 +181,7 @@ def test_a_copy_on_another_gpu(tmp_path: Path, spec: dict[str, Any]) -> None:
 def test_a_copy_on_the_same_gpu_is_as_the_original(tmp_path: Path, spec: dict[str, Any]) -> None:
     write(tmp_path, "nvidia.yaml", spec)
     edits = cdi.edits_for(cdi.load([tmp_path]), GPUS)
-    assert cdi.for_copy(edits, edits.nodes) == (edits, ())
+    assert cdi.for_copy(edits, edits.nodes) == (edits, (), ())
 
 
 def test_the_later_folder_wins(tmp_path: Path, spec: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from relume.errors import GpuDriverTooOld, GpuMemory, GpuUnsupported
 from relume.gpu.check import Workload
 from relume.gpu.client import DriverHelper
 from relume.gpu.driver import ProcessState
-from relume.gpu.nvml import Gpu, Machine
+from relume.gpu.nvml import Gpu, Holder, Machine
 from relume.gpu.preflight import UVM_TOLERATED, judge, preflight
 from relume.gpu.processes import Census, CudaProcess, Traces
 
@@ -102,6 +102,13 @@ def test_the_machine_must_have_the_memory_too() -> None:
 
 def test_memory_that_nvml_does_not_tell_counts_as_all_in_use_on_the_gpu() -> None:
     assert verdict(with_process(device_bytes=None)).device_bytes == 3 * GIB
+
+
+def test_what_nvml_does_not_tell_is_counted_once_and_without_what_others_have() -> None:
+    silent = [replace(PROCESS, pid=pid, device_bytes=None, gpus=()) for pid in (8, 9)]
+    holders = (Holder(7, "GPU-a", 2 * GIB, mps=False), Holder(1, "GPU-a", GIB // 2, mps=False))
+    census = Census((PROCESS, *silent), (), replace(CENSUS.machine, holders=holders))
+    assert verdict(census).device_bytes == 2 * GIB + GIB // 2
 
 
 def test_an_old_driver_is_refused() -> None:

@@ -14,7 +14,7 @@ from relume.gpu.check import Workload
 from relume.gpu.client import DriverHelper
 from relume.gpu.driver import ProcessState
 from relume.gpu.processes import Range
-from relume.gpu.story import GpuCheckpointer, Limits
+from relume.gpu.story import GpuCheckpointer, Limits, needed
 
 MIB = 1 << 20
 QUICK = Limits(lock_s=2, checkpoint_s=5, restore_s=5, pause_s=0.05)
@@ -173,21 +173,47 @@ async def test_a_resume_is_tried_again(gpu: GpuCheckpointer, app: Workload, fake
     assert await app.content() == content
 
 
-async def test_memory_that_another_took_meanwhile_is_waited_for(
-    helper: DriverHelper, app: Workload, fake: FakeMachine
-) -> None:
-    gpu = GpuCheckpointer(helper, Limits(pause_s=0.3))
-    content = await app.content()
-    suspended = await gpu.suspend([app.pid])
+def take_memory(fake: FakeMachine) -> Path:
     other = fake.state / "dev0/another"
     other.touch()
     with other.open("r+b") as file:
         file.truncate((1 << 30) - MIB)
-    resuming = asyncio.create_task(gpu.resume(suspended))
-    await asyncio.sleep(0.1)
+    return other
+
+
+@pytest.mark.parametrize("copy", [False, True])
+async def test_memory_that_another_took_meanwhile_is_waited_for(
+    helper: DriverHelper, app: Workload, fake: FakeMachine, copy: bool
+) -> None:
+    gpu = GpuCheckpointer(helper, Limits(pause_s=0.3))
+    content = await app.content()
+    suspended = await gpu.suspend([app.pid])
+    other = take_memory(fake)
+    if copy:
+        gpu_map = {UUIDS[0]: UUIDS[0]}
+        coming = gpu.restore([app.pid], gpu_map, expected=1, needs=suspended.needs)
+    else:
+        coming = gpu.resume(suspended)
+    resuming = asyncio.create_task(coming)
+    await asyncio.sleep(0.5)
+    assert not resuming.done()
     other.unlink()
     await resuming
     assert await app.content() == content
+
+
+async def test_memory_that_does_not_come_free_is_the_end(
+    helper: DriverHelper, app: Workload, fake: FakeMachine
+) -> None:
+    gpu = GpuCheckpointer(helper, Limits(pause_s=0.05, room_s=0.3))
+    suspended = await gpu.suspend([app.pid])
+    take_memory(fake)
+    with pytest.raises(GpuLost, match=r"OUT_OF_MEMORY|OPERATING_SYSTEM"):
+        await gpu.resume(suspended)
+
+
+def test_what_a_restore_needs_by_gpu() -> None:
+    assert needed([(("a",), 3), (("a",), 4), (("b",), None), (("a", "b"), 9), ((), 1)]) == {"a": 7}
 
 
 async def test_a_resume_that_never_works_is_lost(
