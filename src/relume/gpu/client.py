@@ -67,7 +67,9 @@ class DriverHelper:
     """
 
     def __init__(self, env: Mapping[str, str] | None = None) -> None:
-        self._env = dict(env) if env is not None else None
+        # The node's own GPUs are all of the machine's, whatever the shell that started it was told to see.
+        given = os.environ if env is None else env
+        self._env = {name: value for name, value in given.items() if name != "CUDA_VISIBLE_DEVICES"}
         self._running: _Running | None = None
         self._starting = asyncio.Lock()
         self._last_id = 0

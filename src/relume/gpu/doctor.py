@@ -91,9 +91,14 @@ def _containers(machine: Machine, folders: Sequence[Path]) -> Iterator[Finding]:
     for problem in registry.problems:
         yield Finding("gpu cdi", "warning", problem, "remove the file, or make it anew")
     try:
-        cdi.edits_for(registry, machine.gpus)
+        edits = cdi.edits_for(registry, machine.gpus)
     except RelumeError as error:
         yield Finding("gpu cdi", "problem", error.message, error.hint)
+        return
+    lacking = sorted({hook["path"] for _, hook in edits.hooks if not Path(hook["path"]).exists()})
+    if lacking:
+        message = f"CDI wants {', '.join(lacking)} run for each container, which is not there"
+        yield Finding("gpu cdi", "problem", message, f"install nvidia-container-toolkit, then {cdi.GENERATE}")
     else:
         yield Finding("gpu cdi", "ok", f"CDI devices for {len(machine.gpus)} GPUs in {_sources(registry)}")
 

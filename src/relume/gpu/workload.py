@@ -76,6 +76,7 @@ class Device:
     """The driver calls this needs, on device 0's primary context. Sizes in bytes; raises RuntimeError by name."""
 
     def __init__(self) -> None:
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # NVML's order; cuInit reads it
         self._cuda = ctypes.CDLL("libcuda.so.1")
         self("cuInit", 0)
         context = ctypes.c_void_p()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from fake_driver import UUIDS, FakeMachine
 
 from relume.gpu.client import DriverHelper
@@ -59,3 +60,21 @@ async def test_a_driver_that_cannot_move_a_checkpoint(fake: FakeMachine, tmp_pat
         finding for finding in findings if finding.level == "warning" and finding.name != "gpu arch"
     ]
     assert warning.hint.startswith("driver 580")
+
+
+async def test_a_hook_that_is_not_installed_is_named(helper: DriverHelper, tmp_path: Path) -> None:
+    cdi_file(tmp_path)
+    path = tmp_path / "nvidia.json"
+    spec = json.loads(path.read_text())
+    spec["containerEdits"] = {"hooks": [{"hookName": "createContainer", "path": "/none/nvidia-cdi-hook"}]}
+    path.write_text(json.dumps(spec))
+    (finding,) = [each for each in await examine(helper, [tmp_path]) if each.name == "gpu cdi"]
+    assert finding.level == "problem" and "/none/nvidia-cdi-hook" in finding.message
+
+
+async def test_the_helper_sees_all_gpus(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    async with DriverHelper(env=fake.env) as helper:
+        await helper.hello()
+        environment = Path(f"/proc/{helper.pid}/environ").read_bytes()
+    assert b"FAKE_CUDA_DIR=" in environment and b"CUDA_VISIBLE_DEVICES" not in environment
