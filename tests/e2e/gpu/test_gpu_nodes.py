@@ -19,12 +19,13 @@ from relume.linux import mounts
 from relume.runc.command import Runc, find_criu, find_runc
 
 BASE = 100000
+NAME = f"relume-test-gpu-{os.getpid()}-"
 GPUS = [
     Gpu(index, f"GPU-{index}", "NVIDIA L4", 1 << 30, 0, mig=False, persistence=True) for index in range(2)
 ]
 # Writes a line for each second that its GPU's node could be written to: the driver too finds a GPU by name.
 PROGRAM = (
-    "while :; do for n in 0 1; do [ -c /dev/relume-test-gpu$n ] && echo x >/dev/relume-test-gpu$n && echo $n; done; "
+    f"while :; do for n in 0 1; do [ -c /dev/{NAME}$n ] && echo x >/dev/{NAME}$n && echo $n; done; "
     "sleep 0.2; done 2>/dev/null"
 )
 
@@ -32,7 +33,7 @@ PROGRAM = (
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[cdi.Registry]:
     """Two "GPUs": character devices that swallow what is written, by the numbers of /dev/null and /dev/zero."""
-    paths = [Path(f"/dev/relume-test-gpu{index}") for index in range(2)]
+    paths = [Path(f"/dev/{NAME}{index}") for index in range(2)]
     devices = []
     for index, (path, minor) in enumerate(zip(paths, (3, 5), strict=True)):
         path.unlink(missing_ok=True)
@@ -48,7 +49,7 @@ def registry(tmp_path: Path) -> Iterator[cdi.Registry]:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    path = Path("/run/relume-test-gpu")
+    path = Path(f"/run/{NAME}")
     path.mkdir()
     mounts.mount("tmpfs", path, "tmpfs")
     path.chmod(0o711)
@@ -84,7 +85,7 @@ def config(bundle: Path, options: Path) -> dict[str, Any]:
 
 class Instance:
     def __init__(self, folder: Path, name: str, edits: cdi.OciEdits) -> None:
-        self.bundle, self.name = folder / name, f"relume-test-gpu-{name}"
+        self.bundle, self.name = folder / name, f"{NAME}{name}"
         self.runc = Runc(find_runc(), folder / "runc", find_criu())
         (folder / "criu.conf").write_text("file-locks\nnetwork-lock skip\ntcp-close\n")
         for part in ("upper", "work", "root"):
@@ -163,11 +164,11 @@ async def test_the_copy_has_the_node_of_its_gpu_and_not_the_originals(
         copy.start("restore", f"--image-path={images}", f"--work-path={images}")
         assert "1" not in copy.words()
         inside = Path(f"/proc/{copy.pid}/root/dev")
-        assert (inside / "relume-test-gpu0").stat().st_rdev == Path("/dev/null").stat().st_rdev
+        assert (inside / f"{NAME}0").stat().st_rdev == Path("/dev/null").stat().st_rdev
         await nodes.change(copy.pid, new, old)
         assert "1" in copy.words().split()
-        assert not (inside / "relume-test-gpu0").exists()
-        assert (inside / "relume-test-gpu1").stat().st_rdev == os.makedev(1, 5)
+        assert not (inside / f"{NAME}0").exists()
+        assert (inside / f"{NAME}1").stat().st_rdev == os.makedev(1, 5)
     finally:
         copy.end()
 
