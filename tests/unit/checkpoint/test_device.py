@@ -130,10 +130,11 @@ async def test_memory_is_added_up_before(memory: DeviceMemory) -> None:
 async def test_a_copy_gets_what_the_record_says(memory: DeviceMemory, driver: ScriptedDriver) -> None:
     driver.states = {PID: ProcessState.CHECKPOINTED}
     gpu_map = {GPU.uuid: GPU.uuid}
-    await memory.restore([PID], gpu_map, {"processes": [{}]})
+    saved = {"processes": [{"gpus": [GPU.uuid], "device_bytes": 1 << 20}]}
+    await memory.restore([PID], gpu_map, saved)
     assert driver.states == {PID: ProcessState.RUNNING} and driver.maps == [gpu_map]
     with pytest.raises(GpuLost, match="1 processes had GPU memory"):
-        await memory.restore([PID], gpu_map, {"processes": [{}]})
+        await memory.restore([PID], gpu_map, saved)
 
 
 async def test_a_helper_that_dies_in_the_middle(
