@@ -61,7 +61,14 @@ class Document:
         return _scan(self.text)
 
     def line(self, path: tuple[str, ...]) -> int | None:
-        """The line that a key was written in, or its nearest enclosing table's; None where neither is."""
+        """The line that a key was written in, or its nearest enclosing table's; None where neither is.
+
+        A table that is only there in the header of one within it has that line.
+        """
+        if path not in self._lines:
+            within = [line for key, line in self._lines.items() if key[: len(path)] == path]
+            if within:
+                return min(within)
         while path:
             if (line := self._lines.get(path)) is not None:
                 return line

@@ -46,9 +46,15 @@ _NEW = "take a new checkpoint"
 _SANDBOX = "containers and sandboxes inside the container cannot be saved; start without them"
 
 DUMP = (
-    # criu/include/util.h, compel/src/lib/infect-rpc.c: it went away under CRIU's hands
+    # criu/include/util.h, compel/src/lib/infect.c, infect-rpc.c: it went away under CRIU's hands
     _rule(
-        r"Can't open (?P<pid>\d+)/\S+ on procfs: No such process",
+        r": No such process$",
+        "a process of the app was killed during the checkpoint",
+        _MEMORY,
+        "engine",
+    ),
+    _rule(
+        r"si_code=\d+ si_pid=\d+ si_status=\d+",
         "a process of the app was killed during the checkpoint",
         _MEMORY,
         "engine",

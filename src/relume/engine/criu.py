@@ -28,7 +28,7 @@ from relume.engine.network import Network
 from relume.engine.paging import PagerProcess
 from relume.engine.stdio import Sink, Stdio
 from relume.errors import EngineError, Unsupported
-from relume.linux import affinity, cgroup, netns, process
+from relume.linux import affinity, cgroup, netns, process, tcp
 from relume.linux.affinity import Affinity
 from relume.runc import Runc
 from relume.sidecar import ADDRESS, PORT
@@ -209,6 +209,7 @@ class Criu:
         """``runc checkpoint --leave-running``, held files copied while all is frozen. Never raises for CRIU."""
         started = time.monotonic()
         gate = Gate(self._directory, "post-dump")
+        code = -1
         try:
             gate.write_action_script("post-dump")
             (self._directory / "criu.conf").write_text(job.options)
@@ -237,9 +238,16 @@ class Criu:
             result = await asyncio.gather(copying, return_exceptions=True)
         finally:
             gate.close()
-            await asyncio.to_thread(cgroup.thaw, self._container.cgroup)
+            await asyncio.to_thread(self._let_go, mend=code != 0)
         dumped = self._dump_result(job, code, result[0], time.monotonic() - started)
         return dataclasses.replace(dumped, killed="" if dumped.app_gone else victim)
+
+    def _let_go(self, *, mend: bool) -> None:
+        """Whatever became of CRIU: nothing of the app is frozen, and its connections are as they were."""
+        if mend:
+            for pid in cgroup.processes(self._container.cgroup):
+                tcp.end_repair(pid)
+        cgroup.thaw(self._container.cgroup)
 
     async def _copy_held(self, gate: Gate, job: DumpJob) -> _Copied:
         await gate.arrival()
@@ -271,8 +279,7 @@ class Criu:
         # SIGTERM first: CRIU killed in the middle of a task's system call would leave its parasite there.
         process.send(command.pid, signal.SIGTERM)
         await asyncio.sleep(5)
-        cgroup.thaw(self._container.cgroup)
-        _end_session(command)
+        self._end_dump(command)
 
     async def _end_when_killed(self, command: asyncio.subprocess.Process) -> str:
         """End a dump in which a process was killed; returns which. CRIU would wait for it for ever.
@@ -292,8 +299,13 @@ class Criu:
                 victim = f"{process.name(pid)} (pid {process.inner_pid(pid)})"
                 break
             waited_for = dead
-        _end_session(command)
+        self._end_dump(command)
         return victim
+
+    def _end_dump(self, command: asyncio.subprocess.Process) -> None:
+        """End CRIU. Frozen first, for no process may touch a connection before :meth:`_let_go` has been there."""
+        cgroup.freeze(self._container.cgroup)
+        _end_session(command)
 
     def _dump_result(
         self, job: DumpJob, code: int, copied: _Copied | BaseException, seconds: float

