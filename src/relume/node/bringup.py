@@ -191,10 +191,10 @@ class BringUp:
         if memory == "criu":
             return {"daemon": DAEMON, "images": job["images"], "work_dir": job["work_dir"]}
         if memory == "prepared":
-            # It waits for somebody, not for pages: nothing is learned of it, and the fill waits for its answer.
-            job |= {"record": None, "record_limit_s": _NEVER}
+            # It waits for somebody, and nobody touches its memory meanwhile: learning and fill wait for its answer.
+            job |= {"record_limit_s": _NEVER, "timed": False}
             if settings.prepared_fill == "none":
-                job["working_set"] = None
+                job |= {"working_set": None, "record": None}
         return job
 
     def _lay_copy(self, instance: Instance, restoration: Restoration, *, verify_pages: bool) -> None:

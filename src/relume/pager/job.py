@@ -60,6 +60,7 @@ class Job:
     "demand". ``cgroup`` is the instance's group as relume.linux.cgroup names them; without it the restored
     processes and their descendants are what is killed on a failure. ``verify`` is a folder for the memory of
     verified blocks; without it nothing is hashed. ``record_limit_s`` bounds the recording, in seconds.
+    ``timed`` says that the time to the first answer tells something: it does not where the instance waits.
     ``remote`` says where missing pages come from; without it the images are whole. ``whole`` are processes (pids
     in the image) that get all their memory before anybody asks for it (whole.py says who needs that).
     """
@@ -73,6 +74,7 @@ class Job:
     cgroup: str | None = None
     verify: Path | None = None
     record_limit_s: float = 60.0
+    timed: bool = True
     await_answer: bool = True
     remote: Remote | None = None
     whole: tuple[int, ...] = ()
@@ -92,6 +94,7 @@ class Job:
                 cgroup=fields.get("cgroup"),
                 verify=_path(fields.get("verify")),
                 record_limit_s=float(fields.get("record_limit_s", 60.0)),
+                timed=bool(fields.get("timed", True)),
                 remote=Remote(**fields["remote"]) if fields.get("remote") else None,
                 whole=tuple(int(pid) for pid in fields.get("whole", ())),
             )
@@ -118,6 +121,7 @@ class Job:
                 "cgroup": self.cgroup,
                 "verify": str(self.verify) if self.verify else None,
                 "record_limit_s": self.record_limit_s,
+                "timed": self.timed,
                 "remote": dataclasses.asdict(self.remote) if self.remote else None,
                 "whole": list(self.whole),
             }

@@ -355,7 +355,8 @@ class Pager:
             pieces = working_set.refine([*replayed, *self._replay.kept_back], self._replay.kept_back, touched)
         else:
             pieces = working_set.refine((), (), touched)  # learned anew, all of it by need
-        run = None if self._hashed_bytes() else Run(self._replay is not None, seconds, missed)
+        measured = self._job.timed and not self._hashed_bytes()
+        run = Run(self._replay is not None, seconds, missed) if measured else None
         updated = dataclasses.replace(learned.after(run), pieces=pieces)
         try:
             working_set.save(self._job.record, updated)

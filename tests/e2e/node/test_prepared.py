@@ -55,6 +55,8 @@ serve()
     assert get(first, "/child") == "T"
     assert seconds < 5
 
+    learned = relume.state / "checkpoints" / taken["checkpoint_id"] / "working-set"
+    until(learned.exists, what="nothing was learned of what it needed once it ran")
     (another,) = until(lambda: prepared(relume, app), what="no other was prepared behind it")
     assert another["instance_id"] != waiting["instance_id"]
     relume.run("stop", app.name)

@@ -11,7 +11,9 @@ from relume.pager.job import Job, Remote
 
 
 def test_a_job_survives_its_line() -> None:
-    job = Job(Path("/i"), Path("/w"), Path("/s"), Path("/r"), "demand", 3, "/relume/a", Path("/v"), 5.0)
+    job = Job(
+        Path("/i"), Path("/w"), Path("/s"), Path("/r"), "demand", 3, "/relume/a", Path("/v"), 5.0, False
+    )
     assert Job.parse(job.line()) == job
     assert Job.parse(Job(Path("/i"), Path("/w")).line()) == Job(Path("/i"), Path("/w"))
     remote = Job(Path("/i"), Path("/w"), remote=Remote("file:///r", "/k", "/state", "n", 1, "b", "p", 2, 3.0))
