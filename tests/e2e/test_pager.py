@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -109,6 +111,27 @@ def test_every_page_of_every_process_is_the_same(torture: Torture) -> None:
     assert eager.keys() == lazy.keys()
     different = [key for key in eager if eager[key] != lazy[key]]
     assert not different, f"{len(different)} of {len(eager)} pages, first {different[0]}"
+
+
+def test_huge_pages_come_back(torture: Torture) -> None:
+    """Where every eleventh page is a hole: not while it is registered, and again when the memory is in."""
+    checkpoint = torture.checkpoint
+    pid = checkpoint.pids[0]
+    with checkpoint.pager() as pager:
+        assert checkpoint.restore(lazy=True, stopped=True).returncode == 0
+        pager.event("restored")
+        start = _advised_huge(pid)
+        assert _collapse(pid, start) != 0, "a hole of registered memory is the pager's to fill"
+        pager.send(command="first_answer")
+        pager.event("filled", 60)
+        assert pager.process.wait(10) == 0
+        before = _read(pid, start, 2 << 20)
+        if (error := _collapse(pid, start)) == errno.EINVAL:
+            pytest.skip("no MADV_COLLAPSE here (before Linux 6.1, or without huge pages)")
+        assert error == 0
+        smaps = Path(f"/proc/{pid}/smaps").read_text()
+        assert any(int(size) >= 2048 for size in re.findall(r"AnonHugePages:\s+(\d+) kB", smaps))
+        assert _read(pid, start, 2 << 20) == before
 
 
 @pytest.mark.parametrize(
@@ -240,6 +263,37 @@ def test_a_pages_file_that_is_short_from_the_start(torture: Torture) -> None:
             assert checkpoint.restore(lazy=True).returncode != 0
     finally:
         pages.write_bytes(content)
+
+
+def _advised_huge(pid: int) -> int:
+    """The first multiple of 2 MiB in the mapping that has MADV_HUGEPAGE and 2 MiB behind it."""
+    low = high = 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            low, high = (int(bound, 16) for bound in mapping.groups())
+        elif line.startswith("VmFlags:") and " hg" in line:
+            start = -(-low // (2 << 20)) * (2 << 20)
+            if start + (2 << 20) <= high:
+                return start
+    raise AssertionError("no such mapping")
+
+
+def _collapse(pid: int, start: int) -> int:
+    """process_madvise(2), MADV_COLLAPSE, of 2 MiB; the errno."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    descriptor = os.pidfd_open(pid)
+    piece = (ctypes.c_size_t * 2)(start, 2 << 20)
+    call = (440, descriptor, piece, ctypes.c_size_t(1), 25, 0)
+    result = libc.syscall(*call)
+    error = ctypes.get_errno()
+    os.close(descriptor)
+    return 0 if result >= 0 else error
+
+
+def _read(pid: int, start: int, length: int) -> bytes:
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        return os.pread(memory.fileno(), length, start)
 
 
 def _flip(path: Path, offset: int) -> None:

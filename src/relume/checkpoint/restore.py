@@ -25,6 +25,18 @@ FIRST_LINE = "CEREBRIUM_RESTORED: container restored from checkpoint"
 _ROOM = 1.15
 
 
+def why_eager(checkpoint: Checkpoint, memory_limit: int | None) -> str:
+    """Why the memory must be read at once rather than on demand; empty when it need not.
+
+    Pages that forked processes share are shared again by an eager restore only: CRIU compares them when
+    it writes them, and cannot when it does not. So a preforked app may need much more memory lazily.
+    """
+    need = round(checkpoint.lazy_bytes * _ROOM)
+    if memory_limit is not None and need > memory_limit:
+        return f"paged in, its processes need {need} bytes and the limit is {memory_limit}"
+    return ""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Restoration:
     """A checkpoint about to become a copy whose root is ``id_base`` on the host.
@@ -78,17 +90,6 @@ class Restoration:
         """Put the held files into ``upper``, before the overlay is mounted on it."""
         if self.lower_layer is None:
             held.lay(self._stored / "held", upper, id_base=self.id_base)
-
-    def why_eager(self, memory_limit: int | None) -> str:
-        """Why the memory must be read at once rather than on demand; empty when it need not.
-
-        Pages that forked processes share are shared again by an eager restore only: CRIU compares them when
-        it writes them, and cannot when it does not. So a preforked app may need much more memory lazily.
-        """
-        need = round(self.checkpoint.lazy_bytes * _ROOM)
-        if memory_limit is not None and need > memory_limit:
-            return f"paged in, its processes need {need} bytes and the limit is {memory_limit}"
-        return ""
 
     def pager_job(self, *, work: Path, cgroup: str, fill: str, learn: bool = True) -> dict[str, Any]:
         """The pager's job (relume.pager.job). Without ``learn`` it neither replays nor records."""

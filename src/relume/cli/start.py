@@ -53,10 +53,12 @@ def start(options: Namespace) -> None:
 def _lines(result: dict[str, Any]) -> list[str]:
     how = f"restored from {result['checkpoint_id']}" if result["restored"] else "booted cold"
     reason = f" ({result['reason']})" if result.get("reason") else ""
+    memory = [f"  memory    {result['memory']}"] if result.get("memory", "").startswith("eager") else []
     return [
         f"✓ {result['app']} is ready in {duration(result['ready_s'])}: {how}{reason}",
         f"  instance  {result['instance_id']}",
         f"  url       {result['url']}",
+        *memory,
     ]
 
 

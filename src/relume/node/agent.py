@@ -74,6 +74,15 @@ class Node:
         self._capturer = Capturer(
             self._shelf, self.platform, self._gpus.memory, uploads, config.node.dumps_in_memory
         )
+        self._bringup = BringUp(
+            self.places,
+            self._shelf,
+            self._ground,
+            self._gpus,
+            self._region,
+            log_limit=config.node.max_log_bytes,
+            pages_lazily=self.pages_lazily,
+        )
         self.lifecycle = Lifecycle(
             self.places,
             self._state,
@@ -85,15 +94,7 @@ class Node:
             self._region,
             gpus=self._gpus,
             build_of=self._build_of,
-            bringup=BringUp(
-                self.places,
-                self._shelf,
-                self._ground,
-                self._gpus,
-                self._region,
-                log_limit=config.node.max_log_bytes,
-                pages_lazily=self.pages_lazily,
-            ),
+            bringup=self._bringup,
         )
 
     def _region_of(self, config: NodeConfig) -> NodeRegion | None:
@@ -399,6 +400,7 @@ class Node:
             "warnings": checkpoint.warnings,
             "loopback": checkpoint.loopback,
             "filesystem": checkpoint.filesystem,
+            "memory": self._how_memory_comes(checkpoint),
             "platform": {
                 "key": checkpoint.platform.key,
                 "arch": checkpoint.platform.arch,
@@ -413,6 +415,13 @@ class Node:
             "would_be_used": not reasons,
             "why_not": reasons,
         }
+
+    def _how_memory_comes(self, checkpoint: Checkpoint) -> str:
+        try:
+            settings = Settings.of(self._builder.load(checkpoint.build_id))
+        except NotFound:
+            return "unknown: its build is gone"
+        return self._bringup.how_memory_comes(checkpoint, settings)
 
     async def _offers_like(self, checkpoint: Checkpoint) -> platform.Offers:
         """The GPUs that a copy could get now."""

@@ -12,7 +12,7 @@ from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
 from relume.build import Build
-from relume.checkpoint.restore import FIRST_LINE, Restoration
+from relume.checkpoint.restore import FIRST_LINE, Restoration, why_eager
 from relume.checkpoint.shelf import Checkpoint, Shelf
 from relume.engine import criulog
 from relume.engine.lazy_pages import DAEMON
@@ -23,6 +23,7 @@ from relume.node.ground import Ground
 from relume.node.instance import Instance
 from relume.node.places import Places
 from relume.node.secrets import Secrets
+from relume.node.settings import Settings
 from relume.node.start import Start
 from relume.sidecar import ADDRESS
 
@@ -162,6 +163,13 @@ class BringUp:
         """The error behind an instance that its pager ended: the image's damage, if that is what it was."""
         return await self._paging_reason(instance, self._restoration(instance, checkpoint))
 
+    def how_memory_comes(self, checkpoint: Checkpoint, settings: Settings) -> str:
+        """To a copy: "paged", or "eager: " and why."""
+        why = why_eager(checkpoint, settings.limits.memory)
+        if not self._pages_lazily:
+            why = "userfaultfd is not allowed on this node"
+        return f"eager: {why}" if why else "paged"
+
     # --- pieces -----------------------------------------------------------------------------------
 
     def _restoration(
@@ -173,15 +181,15 @@ class BringUp:
     def _pager_job(self, instance: Instance, restoration: Restoration, memory: str) -> dict[str, Any] | None:
         """The pager's job, or None (and why, in ``instance.memory``) to read all memory before the app runs."""
         settings = instance.settings
-        why_eager = "asked for" if memory == "eager" else restoration.why_eager(settings.limits.memory)
+        instance.memory = self.how_memory_comes(restoration.checkpoint, settings)
         if memory == "criu" and restoration.checkpoint.gpu:
-            why_eager = "CRIU's daemon cannot bring a GPU's processes in before the driver needs them"
-        if not self._pages_lazily:
-            why_eager = "userfaultfd is not allowed on this node"
-        if why_eager:
-            instance.memory = f"eager: {why_eager}"
+            instance.memory = (
+                "eager: CRIU's daemon cannot bring a GPU's processes in before the driver needs them"
+            )
+        if memory == "eager":
+            instance.memory = "eager: asked for"
+        if instance.memory != "paged":
             return None
-        instance.memory = "paged"
         job = restoration.pager_job(
             work=instance.places.criu_work,
             cgroup=instance.places.cgroup,

@@ -240,10 +240,10 @@ class Fill:
         if space.dead or not space.pending.total:
             self._changed()
             return False
-        for part in self._parts(space):
-            self._wait_for_room(part.length)
+        for step in self._steps(space):
+            self._wait_for_room(sum(part.length for part in step))
             began = time.monotonic()
-            outcome, done = space.bring([part])
+            outcome, done = space.bring(step)
             took = time.monotonic() - began
             self._room -= done
             space.counters.filled_bytes += done
@@ -256,16 +256,24 @@ class Fill:
         self._changed()
         return True
 
-    def _parts(self, space: AddressSpace) -> Iterator[Range]:
+    def _steps(self, space: AddressSpace) -> Iterator[list[Range]]:
+        """What is to come, in order of address, some ranges at a time: there may be very many small ones."""
         position = 0
         ahead = 0
-        while (following := space.next_pending(position)) is not None:
-            part = following.cut(following.start, following.start + self._pace.step)
-            if part.offset >= ahead or part.offset < ahead - 2 * _FILL_AHEAD_BYTES:
-                space.source.prefetch(part.offset, _FILL_AHEAD_BYTES)
-                ahead = part.offset + _FILL_AHEAD_BYTES
-            yield part
-            position = part.end
+        while True:
+            step: list[Range] = []
+            size = self._pace.step
+            while size > 0 and (following := space.next_pending(position)) is not None:
+                part = following.cut(following.start, following.start + size)
+                if part.offset >= ahead or part.offset < ahead - 2 * _FILL_AHEAD_BYTES:
+                    space.source.prefetch(part.offset, _FILL_AHEAD_BYTES)
+                    ahead = part.offset + _FILL_AHEAD_BYTES
+                step.append(part)
+                size -= part.length
+                position = part.end
+            if not step:
+                return
+            yield step
 
     def _wait_for_room(self, length: int) -> None:
         while True:
