@@ -51,7 +51,7 @@ class Groups:
     """The cgroups of one soak."""
 
     def __init__(self) -> None:
-        self.around = f"/relume-soak-{os.getpid()}"
+        self.around = f"/relume-soak-{os.urandom(4).hex()}"
         self.instance, self.pager, self.neighbour = (
             f"{self.around}/{name}" for name in ("instance", "pager", "neighbour")
         )
@@ -190,8 +190,10 @@ class Soak:
     def close(self) -> None:
         if self._neighbour is not None:
             self._neighbour.close()
-        self.checkpoint.kill()
-        self.groups.close()
+        try:
+            self.checkpoint.kill()
+        finally:
+            self.groups.close()
 
     def _once(self, number: int) -> str:
         choice = self.random
@@ -293,6 +295,18 @@ def _size(path: Path) -> int:
     return path.stat().st_size
 
 
-def say(facts: dict[str, int], began: float) -> None:
-    """One line for people and scripts."""
+def main(folder: Path, count: int) -> None:
+    """Prints how far it is, and in the last line what came of it, as JSON."""
+    began = time.monotonic()
+    seed = int(time.time()) & 0xFFFF
+    print(f"seed {seed}", flush=True)
+    soak = Soak(folder, seed)
+    try:
+        facts = soak.run(count)
+    finally:
+        soak.close()
     print(json.dumps({**facts, "seconds": round(time.monotonic() - began)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
