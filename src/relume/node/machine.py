@@ -10,10 +10,13 @@ import subprocess
 from pathlib import Path
 
 from relume.errors import Conflict, HostError
-from relume.linux import cgroup
+from relume.linux import cgroup, resident
 from relume.node.places import CGROUP, KDAT_DIRECTORY, RUN, Places
 
 log = logging.getLogger(__name__)
+
+_OF_EVERY_START = ("unshare", "sh", "tar", "pasta")
+"""Beside runc and CRIU (relume.engine)."""
 
 _USERFAULTFD = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
@@ -34,6 +37,12 @@ def prepare(places: Places, *, allow_userfaultfd: bool) -> bool:
         (places.state / name).mkdir(mode=0o700, exist_ok=True)
     _prepare_kdat()
     return allow_userfaultfd and _allow_userfaultfd()
+
+
+def keep_in_memory(*engine: Path) -> None:
+    """The programs of every start, so that none is read from the disk first. Costs some 30 MB, and a log line."""
+    held = resident.hold(resident.programs([*engine, *_OF_EVERY_START]))
+    log.info("%.0f MB of programs that every start runs are kept in memory", held / 1e6)
 
 
 def claim(places: Places) -> int:

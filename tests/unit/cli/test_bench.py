@@ -31,6 +31,7 @@ def row(way: str, seconds: float, **more: Any) -> dict[str, Any]:
         "image_bytes": 1_700_000_000,
         "touched_bytes": 400_000_000,
         "frozen_s": 1.2,
+        "freeze_limits": {"memory_bytes_per_s": 2e9, "disk_bytes_per_s": 5e8},
         "freeze": {"frozen_s": 1.2, "memwrite_s": 0.9, "held_files_s": 0.1, "edit_s": 0.01, "hash_s": 0.4},
         **more,
     }
@@ -205,7 +206,10 @@ class TestReport:
             "|---|--:|--:|--:|--:|--:|",
             "| `tiny` | 1700 MB | 400 MB | 8.00 s (0.25 x) | 2.00 s | 250 ms (8 x) |",
         ]
-        assert "| 0.71 s | 900 ms | 100 ms | 10 ms, 400 ms |" in report.markdown_freeze(ROWS)[-1]
+        assert (
+            "| 0.71 s | 0.50 s, 2.00 s | 900 ms | 100 ms | 10 ms, 400 ms |"
+            in report.markdown_freeze(ROWS)[-1]
+        )
         assert report.markdown_clones(CLONES)[-1] == (
             "| `tiny` | learned | 8 | 500 ms | 400 MB | 420 MB | 450 MB |"
         )

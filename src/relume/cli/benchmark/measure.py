@@ -18,6 +18,7 @@ from typing import Any
 
 from relume.cli.benchmark import page_cache
 from relume.cli.benchmark.own_node import OwnNode
+from relume.cli.benchmark.page_cache import WriteLimits
 from relume.cli.benchmark.workloads import Workload
 from relume.errors import CallFailed, StartFailed
 from relume.pager import working_set
@@ -60,6 +61,7 @@ class Target:
     answer_s: float
     facts: dict[str, Any]
     images: Path
+    limits: WriteLimits
     verifying_restore_s: float
 
     @property
@@ -117,6 +119,10 @@ class Series:
             "own_s": own_share(self.stages()),
             "stages": self.stages(),
             "freeze": {name: round(seconds, 4) for name, seconds in timings.items()},
+            "freeze_limits": {
+                "memory_bytes_per_s": round(self.target.limits.memory),
+                "disk_bytes_per_s": round(self.target.limits.disk),
+            },
             **({"disk_bytes_per_s": round(disk)} if disk and self.cache == "dropped" else {}),
         }
 
@@ -146,7 +152,8 @@ def deploy(
     node.settle()
     images = node.images(facts["checkpoint_id"])
     page_cache.warm(images)
-    target = Target(workload, app, expected, answer_s, facts, images, 0.0)
+    limits = page_cache.write_limits(images.parent)
+    target = Target(workload, app, expected, answer_s, facts, images, limits, 0.0)
     seconds, _ = start(node, target, "criu-eager")
     node.stop(app)
     return replace(target, verifying_restore_s=seconds)

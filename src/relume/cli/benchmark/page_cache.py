@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 _CHUNK = 2 << 20
 _SAMPLE = 1 << 30
+_WRITTEN = 512 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class WriteLimits:
+    """What a dump cannot be faster than on this machine, in bytes per second."""
+
+    memory: float
+    """Copied into the page cache."""
+    disk: float
+    """Until it is on the disk."""
 
 
 def warm(directory: Path) -> None:
@@ -38,6 +51,19 @@ def sequential_speed(directory: Path) -> float:
     began = time.monotonic()
     _read(largest, size)
     return size / (time.monotonic() - began)
+
+
+def write_limits(directory: Path) -> WriteLimits:
+    """Measured with a file of 512 MiB in ``directory``, which is removed again."""
+    block = os.urandom(_CHUNK)
+    with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+        began = time.monotonic()
+        for _ in range(_WRITTEN // _CHUNK):
+            file.write(block)
+        copied = time.monotonic()
+        os.fdatasync(file.fileno())
+        done = time.monotonic()
+    return WriteLimits(_WRITTEN / (copied - began), _WRITTEN / (done - began))
 
 
 def _images(directory: Path) -> list[Path]:

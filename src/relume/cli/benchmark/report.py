@@ -122,20 +122,25 @@ def markdown_clones(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown_freeze(rows: Sequence[Row]) -> list[str]:
-    """A table of what the freeze consists of, one line a workload; per GB from half a GB on."""
+    """A table of what the freeze consists of, one line a workload; per GB from half a GB on.
+
+    Beside it what a GB takes to be copied into the page cache, and to the disk, on the same machine.
+    """
     lines = [
-        "| workload | image | frozen | per GB | writing pages | held files | after the thaw: edits, hashes |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| workload | image | frozen | per GB | memory's limit, the disk's | writing pages | held files "
+        "| after the thaw: edits, hashes |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for workload, group in groupby((row for row in rows if "freeze" in row), key=lambda row: row["workload"]):
         row = next(iter(group))
         freeze, gigabytes = row["freeze"], row["image_bytes"] / 1e9
         # What a freeze costs whatever the size, some 0.1 s, would be most of it in a small one.
         per_gigabyte = f"{freeze['frozen_s'] / gigabytes:.2f} s" if gigabytes >= 0.5 else "-"
+        limits = ", ".join(f"{1e9 / speed:.2f} s" for speed in row["freeze_limits"].values())
         after = f"{time(freeze['edit_s'])}, {time(freeze['hash_s'])}"
         lines.append(
             f"| `{workload}` | {mega(row['image_bytes'])} | {time(freeze['frozen_s'])} "
-            f"| {per_gigabyte} | {time(freeze['memwrite_s'])} "
+            f"| {per_gigabyte} | {limits} | {time(freeze['memwrite_s'])} "
             f"| {time(freeze['held_files_s'])} | {after} |"
         )
     return lines
