@@ -91,7 +91,9 @@ class Restoration:
         if self.lower_layer is None:
             held.lay(self._stored / "held", upper, id_base=self.id_base)
 
-    def pager_job(self, *, work: Path, cgroup: str, fill: str, learn: bool = True) -> dict[str, Any]:
+    def pager_job(
+        self, *, work: Path, cgroup: str, fill: str, root: Path, learn: bool = True
+    ) -> dict[str, Any]:
         """The pager's job (relume.pager.job). Without ``learn`` it neither replays nor records."""
         learned = str(self._stored / "working-set") if learn else None
         return {
@@ -103,6 +105,7 @@ class Restoration:
             "cgroup": cgroup,
             "verify": str(self.verified) if self.verified else None,
             **self._whole_processes(),
+            "root": str(root),
         }
 
     def _whole_processes(self) -> dict[str, Any]:

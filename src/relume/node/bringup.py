@@ -194,6 +194,7 @@ class BringUp:
             work=instance.places.criu_work,
             cgroup=instance.places.cgroup,
             fill=settings.fill,
+            root=instance.places.rootfs,
             learn=memory != "unlearned",
         )
         if memory == "criu":

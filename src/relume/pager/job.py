@@ -62,7 +62,9 @@ class Job:
     verified blocks; without it nothing is hashed. ``record_limit_s`` bounds the recording, in seconds.
     ``timed`` says that the time to the first answer tells something: it does not where the instance waits.
     ``remote`` says where missing pages come from; without it the images are whole. ``whole`` are processes (pids
-    in the image) that get all their memory before anybody asks for it (whole.py says who needs that).
+    in the image) that get all their memory before anybody asks for it (whole.py says who needs that). ``root`` is
+    the copy's root as seen from here, in which the files lie that it has mapped; without it these come by faults
+    alone.
     """
 
     images: Path
@@ -78,6 +80,7 @@ class Job:
     await_answer: bool = True
     remote: Remote | None = None
     whole: tuple[int, ...] = ()
+    root: Path | None = None
 
     @classmethod
     def parse(cls, line: str) -> Job:
@@ -97,6 +100,7 @@ class Job:
                 timed=bool(fields.get("timed", True)),
                 remote=Remote(**fields["remote"]) if fields.get("remote") else None,
                 whole=tuple(int(pid) for pid in fields.get("whole", ())),
+                root=_path(fields.get("root")),
             )
         except (ValueError, TypeError, KeyError) as error:
             raise PagerError(
@@ -124,6 +128,7 @@ class Job:
                 "timed": self.timed,
                 "remote": dataclasses.asdict(self.remote) if self.remote else None,
                 "whole": list(self.whole),
+                "root": str(self.root) if self.root else None,
             }
         )
 

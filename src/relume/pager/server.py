@@ -24,7 +24,7 @@ from relume.errors import PagerError, RelumeError, Untrusted
 from relume.images.files import read_image
 from relume.images.integrity import Verifier
 from relume.images.pagemap import Pagemap, read_pagemap, read_wiped_on_fork
-from relume.pager import background, lazy_socket, working_set
+from relume.pager import background, lazy_socket, mapped_files, working_set
 from relume.pager.holder import Board
 from relume.pager.job import Job
 from relume.pager.keepsake import Keepsake
@@ -49,6 +49,9 @@ _RETRY_SECONDS = 0.001
 _PROBE_SECONDS = 1.0
 _TIDY_SECONDS = 0.02
 _DEMAND_THREADS = 3
+_NOTING_SECONDS = 2.0
+_SAMPLES = 16
+"""Pieces of the working set that are looked at to see whether the images are in memory."""
 
 
 class Pager:
@@ -71,6 +74,8 @@ class Pager:
         self._selector = selectors.DefaultSelector()
         self._pace = background.Pace()
         self._spaces: list[AddressSpace] = []
+        self._host_pids: list[int] = []
+        self._noting: threading.Thread | None = None
         self._hungry: set[AddressSpace] = set()
         """Those with faults to be served."""
         self._returned: deque[AddressSpace] = deque()
@@ -205,11 +210,29 @@ class Pager:
         if not self._learned.worthwhile:
             log.info("working set not replayed: starts without it were faster, or are to be measured")
             return
+        self._read_mapped_files(self._learned)
         blocks, kept_back = background.blocks_of(self._learned)
         self._replay = background.Replay(
             blocks, kept_back, self._job.threads, self._pace, self._replayed, self._fail
         )
         self._replay.prepare({self._pagemaps[pid].pages_id: source for pid, source in self._sources.items()})
+
+    def _read_mapped_files(self, learned: WorkingSet) -> None:
+        """Has the disk asked for what the app needs of files, unless the images are in memory: then these are too."""
+        if self._job.root is None or self._job.working_set is None:
+            return
+        by_pages = {self._pagemaps[pid].pages_id: source for pid, source in self._sources.items()}
+        some = learned.pieces[:: max(1, len(learned.pieces) // _SAMPLES)]
+        if all(
+            by_pages[each.pages_id].ready(each.offset, each.length)
+            for each in some
+            if each.pages_id in by_pages
+        ):
+            return
+        root, spans = self._job.root, mapped_files.load(self._job.working_set.with_name(mapped_files.NAME))
+        threading.Thread(
+            target=lambda: mapped_files.read_ahead(root, spans), name="mapped-files", daemon=True
+        ).start()
 
     def _accept(self, server: socket.socket) -> None:
         connection = lazy_socket.Connection(server)
@@ -232,6 +255,7 @@ class Pager:
     def _adopt(self, task: lazy_socket.Task) -> None:
         if task.host_pid is not None:
             self._board.add(task.host_pid)
+            self._host_pids.append(task.host_pid)
         pagemap = self._pagemaps.get(task.pid)
         if pagemap is None:
             raise PagerError(
@@ -341,6 +365,9 @@ class Pager:
         if self._recording:
             self._recording = False
             if self._job.record:
+                if self._job.root is not None:
+                    self._noting = threading.Thread(target=self._record_mapped_files, name="mapped-files")
+                    self._noting.start()
                 self._record(time.monotonic() - self._restored_at)
         if self._job.fill == "all":
             self._start_fill()
@@ -366,6 +393,16 @@ class Pager:
         self._emit(
             "recorded", bytes=updated.total, pieces=len(pieces), missed=missed, path=str(self._job.record)
         )
+
+    def _record_mapped_files(self) -> None:
+        """What the app needed of files, as far as its page tables tell; not in the way of its faults."""
+        assert self._job.record is not None
+        try:
+            mapped_files.save(
+                self._job.record.with_name(mapped_files.NAME), mapped_files.touched(self._host_pids)
+            )
+        except OSError as error:
+            log.warning("what was learned of mapped files is lost: %s", error)
 
     def _start_fill(self) -> None:
         if self._fill is None:
@@ -415,6 +452,8 @@ class Pager:
             },
             hashed_bytes=self._hashed_bytes(),
         )
+        if self._noting is not None:
+            self._noting.join(_NOTING_SECONDS)
         return 0
 
     def _probe(self) -> None:
