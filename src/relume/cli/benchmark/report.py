@@ -136,7 +136,7 @@ def markdown_freeze(rows: Sequence[Row]) -> list[str]:
         freeze, gigabytes = row["freeze"], row["image_bytes"] / 1e9
         # What a freeze costs whatever the size, some 0.1 s, would be most of it in a small one.
         per_gigabyte = f"{freeze['frozen_s'] / gigabytes:.2f} s" if gigabytes >= 0.5 else "-"
-        limits = ", ".join(f"{1e9 / speed:.2f} s" for speed in row["freeze_limits"].values())
+        limits = ", ".join(f"{1e9 / speed:.2f} s" for speed in row.get("freeze_limits", {}).values())
         after = f"{time(freeze['edit_s'])}, {time(freeze['hash_s'])}"
         lines.append(
             f"| `{workload}` | {mega(row['image_bytes'])} | {time(freeze['frozen_s'])} "
