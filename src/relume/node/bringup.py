@@ -25,6 +25,7 @@ from relume.node.places import Places
 from relume.node.secrets import Secrets
 from relume.node.settings import Settings
 from relume.node.start import Start
+from relume.pager.job import CRIU_ENDED
 from relume.sidecar import ADDRESS
 
 if TYPE_CHECKING:
@@ -258,6 +259,8 @@ class BringUp:
             await asyncio.to_thread(restoration.verify, pages=True)
         except Exception as damage:
             return damage
+        if instance.paging_failed == CRIU_ENDED and (words := _criu_says(instance)):
+            return EngineError(words)
         return PagerError(instance.paging_failed)
 
     async def _reason(self, instance: Instance, restoration: Restoration, error: Exception) -> Exception:
@@ -269,10 +272,14 @@ class BringUp:
             return kind(instance.paging_failed)
         if instance.paging_failed:
             return await self._paging_reason(instance, restoration)
-        words = criulog.explain(instance.places.criu_work / "restore.log")
-        if isinstance(error, EngineError) and words.reason:
-            return EngineError(words.reason, hint=error.hint)
+        if isinstance(error, EngineError) and (words := _criu_says(instance)):
+            return EngineError(words, hint=error.hint)
         return error
+
+
+def _criu_says(instance: Instance) -> str:
+    """Why its restore failed, by CRIU's log; "" if that does not say."""
+    return criulog.explain(instance.places.criu_work / "restore.log").reason
 
 
 async def _first(coming: asyncio.Task[Any], readiness: Coroutine[Any, Any, None]) -> None:

@@ -31,6 +31,9 @@ from relume.errors import PagerError
 
 FILLS = ("all", "demand")
 
+CRIU_ENDED = "CRIU ended before the restore was done"
+"""A ``reason`` that is no cause: why it ended, CRIU's own log says."""
+
 
 @dataclass(frozen=True, slots=True)
 class Remote:

@@ -26,7 +26,7 @@ from relume.images.integrity import Verifier
 from relume.images.pagemap import Pagemap, read_pagemap, read_wiped_on_fork
 from relume.pager import background, lazy_socket, mapped_files, working_set
 from relume.pager.holder import Board
-from relume.pager.job import Job
+from relume.pager.job import CRIU_ENDED, Job
 from relume.pager.keepsake import Keepsake
 from relume.pager.ranges import Range, RangeMap
 from relume.pager.source import FileSource, NoPages, PageSource
@@ -250,7 +250,7 @@ class Pager:
                 self._unwatch(connection.socket)
                 connection.socket.close()
                 if self._restored_at is None:
-                    raise PagerError("CRIU ended before the restore was done", hint="CRIU's own log says why")
+                    raise PagerError(CRIU_ENDED, hint="CRIU's own log says why")
 
     def _adopt(self, task: lazy_socket.Task) -> None:
         if task.host_pid is not None:
