@@ -1,6 +1,6 @@
 """What is changed in, and read from, CRIU's images between a dump and its restores.
 
-:func:`prepare_images` is run once after the dump, so that every copy restores from the same files. Two
+:func:`prepare_images` is run once after the dump, so that every copy restores from the same files. Three
 things in them would otherwise come back wrong:
 
 - **TCP connections to the outside**, dumped as established so that those inside survive. Restored so, the
@@ -9,6 +9,8 @@ things in them would otherwise come back wrong:
   reader sees end of file (http.client: RemoteDisconnected), at once, without a packet.
 - **Periodic timerfds that had expired and were not read yet**: the kernel shows no time left for these
   (``it_value`` 0,0), CRIU writes that down, and 0,0 disarms. They get their interval as the time left.
+- **Address space that was only reserved**, when it is larger than the machine's memory: it could not be
+  mapped again.
 
 :func:`remap_ids` moves a container to another range of host ids. The rest only reads.
 
@@ -28,6 +30,8 @@ from relume.errors import ImageError
 from relume.images import read_image, read_pagemap, write_image
 
 _TCP = 6
+_PRIVATE_ANONYMOUS = 0x22  # MAP_PRIVATE | MAP_ANONYMOUS of mman.h
+_NORESERVE = 0x4000
 _TASK_STOPPED = 0x3  # compel/include/uapi/task-state.h, COMPEL_TASK_STOPPED
 _CLOSED = 7  # TCP_CLOSE of linux/tcp_states.h, as CRIU writes it
 _BOTH = 3  # sk_shutdown of sk-opts.proto
@@ -82,6 +86,8 @@ def prepare_images(directory: Path, *, loopback: str) -> EditReport:
     "keep": dumped and to be restored with ``tcp-established``. "close": with ``tcp-close``, which ends all
     connections by itself. Doing it twice changes nothing more. Raises ImageError.
     """
+    for memory in directory.glob("mm-*.img"):
+        _reserve_without_account(memory)
     path = directory / "files.img"
     files = read_image(path)
     sockets = [file.isk for file in files if file.HasField("isk")]
@@ -205,6 +211,27 @@ def _close(socket: Any) -> None:
     socket.src_addr[:] = [0] * len(socket.src_addr)
     socket.dst_addr[:] = [0] * len(socket.dst_addr)
     socket.shutdown = _BOTH
+
+
+def _reserve_without_account(path: Path) -> None:
+    """Let CRIU map what a process had only reserved (PROT_NONE), however large, as a database's buffer pool may be.
+
+    CRIU maps all private memory writable for a moment (criu/mem.c, premap_private_vma). The kernel counts a
+    reservation as soon as it is writable, unless it was made with MAP_NORESERVE, and refuses one that is
+    larger than memory and swap together ("Unable to map ANON_VMA: Cannot allocate memory").
+    """
+    entries = read_image(path)
+    reserved = [
+        vma
+        for mm in entries
+        for vma in mm.vmas
+        if vma.prot == 0 and vma.flags & _PRIVATE_ANONYMOUS == _PRIVATE_ANONYMOUS
+        if not vma.flags & _NORESERVE
+    ]
+    for vma in reserved:
+        vma.flags |= _NORESERVE
+    if reserved:
+        write_image(path, entries)
 
 
 def _is_stopped(timer: Any) -> bool:

@@ -33,6 +33,8 @@ anonymous = mmap.mmap(-1, 1 << 20)
 anonymous[:6] = b"shared"
 segment = shared_memory.SharedMemory(create=True, size=4096)
 segment.buf[:6] = b"posix!"
+libc.mmap.restype = ctypes.c_void_p
+assert libc.mmap(None, ctypes.c_size_t(1 << 43), 0, 0x22, -1, 0) != ctypes.c_void_p(-1).value  # 8 TiB, reserved only
 sysv = libc.shmget(0x1234, 4096, 0o1600)
 attached = libc.shmat(sysv, None, 0)
 ctypes.memmove(attached, b"sysv", 4)
