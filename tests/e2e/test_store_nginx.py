@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,9 +23,7 @@ from relume.store import (
 from .store_servers import PASSWORD, USER, FaultProxy, free_port, localbucket, running, url
 
 PAGE = (Path(__file__).parents[2] / "docs/region.md").read_text()
-NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-
-pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed (apt-get install nginx-light)")
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def cached(bucket: FaultProxy, tmp_path: Path) -> Iterator[str]:
         f"daemon off; user root; pid {tmp_path}/nginx.pid; error_log stderr;\n"
         f"events {{}}\nhttp {{\naccess_log off;\n{places}{sample}}}\n"
     )
-    assert NGINX is not None
+    assert NGINX is not None, "script/bootstrap --dev installs it"
     with running([NGINX, "-p", str(tmp_path), "-c", str(config)], port, tmp_path / "nginx.log") as endpoint:
         yield endpoint
 
