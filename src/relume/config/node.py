@@ -61,6 +61,23 @@ class RegionSettings(Table):
         Key("fetch the working sets of new checkpoints before they are asked for"),
     ] = False
 
+    start_wait_s: Annotated[
+        float,
+        Field(ge=0.1, le=3600),
+        Key(
+            "seconds that a start, or an app's request for a checkpoint, waits for a store that does not answer; then "
+            "it goes on without the region"
+        ),
+    ] = 10.0
+    fault_wait_s: Annotated[
+        float,
+        Field(ge=0.1, le=3600),
+        Key(
+            "seconds that a running instance waits for memory from a store that does not answer; then it is ended and "
+            "another takes its place"
+        ),
+    ] = 20.0
+
 
 class Limits(Table):
     """``[node.limits]``."""

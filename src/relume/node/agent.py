@@ -66,7 +66,13 @@ class Node:
         self._shelf = Shelf(state / "checkpoints")
         self._builder = Builder(state / "builds")
         self._ground = Ground(self.places, self._runc)
-        self._spares = Spares(self.places, self._ground, self._runc, Zygote(), outgoing=pasta() is not None)
+        self._spares = Spares(
+            self.places,
+            self._ground,
+            self._runc,
+            Zygote(store=config.store.url is not None),
+            outgoing=pasta() is not None,
+        )
         self.background = Background()
         self._region = self._region_of(config)
         self._gpus = Gpus([Path(folder) for folder in config.node.cdi_spec_dirs])

@@ -51,7 +51,7 @@ class Remote:
     build: str
     platform: str
     generation: int
-    patience_s: float = 20.0
+    patience_s: float
 
 
 @dataclass(frozen=True, slots=True)

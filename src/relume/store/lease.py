@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,12 @@ class Leases:
         self._held: set[tuple[str, int]] = set()
         self._lock = threading.Lock()
 
+    def through(self, objects: Objects) -> Leases:
+        """The same, over another handle on the store: what is held, and what was seen, is held and seen by both."""
+        other = copy(self)
+        other.objects = objects
+        return other
+
     def acquire(self, prefix: str, *, above: int = 0, **facts: Any) -> Lease:
         """Take the lease, or raise Conflict (`in_progress`) while another owner is alive or not known to be dead.
 
@@ -157,9 +164,10 @@ class Leases:
             raise
 
     def is_alive(self, prefix: str) -> bool:
-        """Is somebody at it, as far as can be told? An owner seen for the first time counts as alive."""
+        """Is somebody at it, as far as can be told? An owner seen for the first time counts as alive, but not this
+        node as it was before it was killed."""
         standing, dead = self._look(prefix)
-        return not standing.done and not dead
+        return not standing.done and not dead and not self._is_mine(prefix, standing)
 
     def wait_while_alive(self, prefix: str, *, poll_s: float = 1.0) -> None:
         """Return once nobody holds the lease: it was released, or its owner is dead."""

@@ -29,7 +29,7 @@ import obstore
 from obstore import exceptions as oe
 from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, S3Store
 
-from relume.errors import ConfigError, ObjectMissing, StoreError
+from relume.errors import ConfigError, ObjectMissing, StoreError, Untrusted
 from relume.store._aws import profile_settings
 
 T = TypeVar("T")
@@ -107,7 +107,7 @@ class Objects:
     def get(self, name: str, *, limit: int, fresh: bool = False) -> memoryview:
         """The object's bytes. `fresh` asks caches on the way to pass the request on.
 
-        Raises ObjectMissing, and StoreError for one larger than `limit` bytes (nothing of it is read) or a
+        Raises ObjectMissing, Untrusted for one larger than `limit` bytes (nothing of it is read), and StoreError for a
         store that does not answer.
         """
         backend = self._fresh_backend if fresh else self._backend
@@ -116,7 +116,7 @@ class Objects:
             answer = obstore.get(backend, name)
             size = answer.meta["size"]
             if size > limit:
-                raise StoreError(
+                raise Untrusted(
                     f"{name} in {self.url} has {size} bytes; nothing of its kind is larger than {limit}",
                     hint="Somebody else writes to this store, or the object is damaged.",
                 )

@@ -72,7 +72,7 @@ class Region:
         other = copy(self)
         other.config = replace(self.config, patience=patience)
         other.objects = Objects(self.config.url, patience=patience)
-        other.leases = Leases(other.objects, self.node, seconds=self.config.lease_s)
+        other.leases = self.leases.through(other.objects)
         return other
 
     @property
@@ -164,11 +164,10 @@ class Region:
             fetched.close()
 
     def pull(self, name: CheckpointName) -> None:
-        """Fetch all of a checkpoint into the cache."""
+        """Fetch all of a checkpoint into the cache. In chunks only: the working set's pages are in them too."""
         fetched = self.fetch(name)
         try:
-            fetched.pages.prefetch()
-            self.fill(fetched)
+            self.fill(fetched, self.config.limits.parallel)
         finally:
             fetched.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 
 import pytest
@@ -23,6 +24,16 @@ def test_round_trip(plain: bytes) -> None:
     assert unseal(KEY, Kind.INDEX, "n", seal(KEY, Kind.INDEX, "n", plain)) == plain
     opened = unseal_signed(RING, Kind.MANIFEST, "n", seal_signed(RING, Kind.MANIFEST, "n", plain, KEY))
     assert (opened.body, opened.epoch, opened.data_key) == (plain, EPOCH, KEY)
+
+
+@pytest.mark.parametrize("size", [50_000, 131_072, 131_073, 300_000, 2 * 131_072, 4 << 20])
+def test_what_does_not_compress_is_stored_as_it_is(size: int) -> None:
+    noise = random.Random(size).randbytes(size)
+    sealed = seal(KEY, Kind.CHUNK, "n", noise)
+    assert size < len(sealed) < size + size // 4096 + 100
+    assert unseal(KEY, Kind.CHUNK, "n", sealed) == noise
+    assert unseal(KEY, Kind.CHUNK, "n", sealed) == zstd.decompress(envelope._pack(noise))
+    assert len(seal(KEY, Kind.CHUNK, "n", bytes(range(250)) * (size // 250))) < size / 2
 
 
 @given(st.data())

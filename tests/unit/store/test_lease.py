@@ -45,6 +45,16 @@ def test_a_second_one_waits_for_silence_on_its_own_clock() -> None:
     assert b.acquire(PREFIX).number == 2
 
 
+def test_a_node_that_was_killed_does_not_wait_for_itself() -> None:
+    world = World()
+    lease = world.node("a").acquire(PREFIX)
+    assert world.node("b").is_alive(PREFIX)
+    restarted = world.node("a")
+    assert not restarted.is_alive(PREFIX)
+    assert restarted.acquire(PREFIX).number == lease.number + 1
+    assert restarted.is_alive(PREFIX), "its own, of now"
+
+
 def test_an_owner_knows_before_an_observer_takes_over() -> None:
     world = World()
     lease = world.node("a").acquire(PREFIX)

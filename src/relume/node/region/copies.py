@@ -54,7 +54,11 @@ class Copy:
 class Copies:
     """What comes from the store onto this node."""
 
-    def __init__(self, view: View, learned: Learned, shelf: Shelf, spawn: Spawn) -> None:
+    def __init__(
+        self, view: View, learned: Learned, shelf: Shelf, spawn: Spawn, *, fault_wait_s: float
+    ) -> None:
+        """``fault_wait_s`` is what an instance waits for memory from a store that does not answer."""
+        self._fault_wait_s = fault_wait_s
         self._view = view
         self._learned = learned
         self._shelf = shelf
@@ -122,6 +126,7 @@ class Copies:
             build=name.build,
             platform=name.platform,
             generation=name.generation,
+            patience_s=self._fault_wait_s,
         )
 
     def look(self, build: Build) -> tuple[str | None, str | None]:
@@ -206,8 +211,7 @@ class Copies:
         try:
             folder.settle(fetched.directory)
             self._learned.lay(fetched)
-            fetched.pages.prefetch()
-            self._view.region.fill(fetched)
+            self._view.region.fill(fetched, self._view.settings.limits.parallel)
             self._link(fetched.directory)
         finally:
             fetched.close()

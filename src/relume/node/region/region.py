@@ -45,10 +45,10 @@ class NodeRegion:
         settings = RegionConfig(
             url=config.store.url, key_file=config.key_file, cache_bytes=config.store.max_cache_bytes
         )
-        self._view = View(settings, state, node_id, platform)
+        self._view = View(settings, state, node_id, platform, start_wait_s=config.region.start_wait_s)
         self._learned = Learned(self._view, shelf)
         self.uploads = Uploads(self._view, self._learned, shelf, builder, spawn)
-        self.copies = Copies(self._view, self._learned, shelf, spawn)
+        self.copies = Copies(self._view, self._learned, shelf, spawn, fault_wait_s=config.region.fault_wait_s)
         self.builds = Builds(self._view, builder, spawn)
         self.catalogue = Catalogue(self._view, shelf)
 

@@ -16,21 +16,23 @@ from relume.store import CheckpointName, Manifest, Patience, Region, RegionConfi
 
 log = logging.getLogger(__name__)
 
-_START_PATIENCE = Patience(bound_s=10.0, request_s=10.0)
-"""What a start, or an app's request, waits for a store that does not answer, for each object."""
-
 
 class View:
     """Blocks; any thread. What is refused here is remembered until the node restarts."""
 
-    def __init__(self, settings: RegionConfig, state: Path, node_id: str, platform: Platform) -> None:
-        """Raises ConfigError for a URL or key file that will not do. Talks to nobody yet."""
+    def __init__(
+        self, settings: RegionConfig, state: Path, node_id: str, platform: Platform, *, start_wait_s: float
+    ) -> None:
+        """``start_wait_s`` is what a start waits for each object of a store that does not answer.
+
+        Raises ConfigError for a URL or key file that will not do. Talks to nobody yet.
+        """
         self.settings = settings
         self.state = state
         self.node_id = node_id
         self.platform = platform
         self.region = Region(settings, state, node_id)
-        self.starts = self.region.with_patience(_START_PATIENCE)
+        self.starts = self.region.with_patience(Patience(bound_s=start_wait_s, request_s=start_wait_s))
         self.refused: dict[str, str] = {}
         """Why not, by a checkpoint's id in the store."""
         self.foreign: dict[str, str] = {}
