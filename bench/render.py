@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the measured tables into README.md and docs/bench.md: `bench/render.py [--check]`.
+"""Writes the measured tables into README.md, docs/bench.md and docs/region.md: `bench/render.py [--check]`.
 
 The rows are those of `bench/results/*.json`, as `relume bench --json` printed them; no figure is typed by hand.
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`. `--check` writes nothing and exits 1 where a
@@ -18,7 +18,7 @@ from relume.cli.benchmark import report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
-PAGES = (ROOT / "README.md", ROOT / "docs/bench.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/bench.md", ROOT / "docs/region.md")
 
 _BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
@@ -36,6 +36,7 @@ def tables() -> dict[str, list[str]]:
         "dropped": report.markdown(measured, cache="dropped"),
         "clones": report.markdown_clones(rows("clones.json")),
         "held": report.markdown(rows("held.json"), cache="warm"),
+        "region": report.markdown_region(rows("region.json")),
         "freeze": report.markdown_freeze(measured),
         "stages": report.markdown_stages(measured),
         "chart": ["```", *report.chart([row for row in measured if _charted(row)])[1:], "```"],

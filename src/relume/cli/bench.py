@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _WORKLOADS = ("tiny", "touch-2g", "touch-8g", "model", "python-web", "forks", "redis")
 _WAYS = ("cold", "criu-eager", "criu-lazy", "first", "learned", "prepared")
 _CACHES = ("warm", "dropped")
+_REGION_WORKLOADS = ("model", "python-web")
+"""One for transfers and first answers, one for many nodes at once."""
 _CLONE_WAYS = ("criu-eager", "learned")
 
 _ROOM = 2.2
@@ -64,6 +66,15 @@ def configure(parser: Parser) -> None:
         metavar="N",
         help="N at once instead: time to the last answer, memory of each",
     )
+    parser.add_argument(
+        "--region",
+        action="store_true",
+        help="nodes that share a bucket instead (an S3 server on loopback, of script/bootstrap --dev): upload, "
+        "download, the first answer of a node that has never seen the checkpoint, many nodes at once",
+    )
+    parser.add_argument(
+        "--nodes", type=_positive, default=8, metavar="N", help="with --region: nodes at once (default: 8)"
+    )
     parser.runs(bench)
     parser.add_argument(
         "--json", dest="output", action="store_const", const="json", help="the same as -o json: rows only"
@@ -82,6 +93,8 @@ def bench(options: Namespace) -> int:
     from relume.cli.benchmark.workloads import WORKLOADS
 
     screen = Screen(options.output)
+    if options.region:
+        return _region(options, screen)
     if options.clones and "prepared" in (options.ways or ()):
         raise BadRequest("--clones with --way prepared", hint="one is prepared at a time; leave one out")
     ways = list(dict.fromkeys(options.ways or (_CLONE_WAYS if options.clones else _WAYS)))
@@ -109,6 +122,25 @@ def bench(options: Namespace) -> int:
         unicode = (sys.stdout.encoding or "").lower().startswith("utf")
         screen.data(None, report.chart(rows, block="█" if unicode else "#"))
     return 1 if failed else 0
+
+
+def _region(options: Namespace, screen: Screen) -> int:
+    from relume.cli.benchmark import region, report
+    from relume.cli.benchmark.workloads import WORKLOADS
+
+    names = options.workloads or _REGION_WORKLOADS
+    one, many = WORKLOADS[names[0]], WORKLOADS[names[-1]]
+    rows: list[dict[str, Any]] = []
+    try:
+        _require_memory(one.memory_bytes, one.name)
+        _require_memory(many.memory_bytes * options.nodes, f"{options.nodes} x {many.name}")
+        rows.extend(region.run(one, many, options.nodes, options.runs, screen.step))
+    finally:
+        if screen.as_json:
+            screen.data(rows)
+        elif rows:
+            screen.table(report.region_table(rows), report.REGION_COLUMNS, empty="nothing was measured")
+    return 0
 
 
 def _single(

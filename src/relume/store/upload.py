@@ -52,16 +52,18 @@ class Progress:
 
 
 class Throttle:
-    """Lets `bytes_per_second` through on average, over all threads, with at most a second's worth at once."""
+    """Lets `bytes_per_second` through on average, over all threads, with at most `burst_s` seconds' worth at once."""
 
     def __init__(
         self,
         bytes_per_second: int | None,
         *,
+        burst_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._rate = bytes_per_second
+        self._burst_s = burst_s
         self._clock = clock
         self._sleep = sleep
         self._free_at = clock()
@@ -73,7 +75,7 @@ class Throttle:
             return
         with self._lock:
             now = self._clock()
-            begin = max(self._free_at, now - 1.0)
+            begin = max(self._free_at, now - self._burst_s)
             self._free_at = begin + count / self._rate
         if begin > now:
             self._sleep(begin - now)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,14 @@ _PATIENCE = 60.0
 
 
 class OwnNode:
-    """A running node and its API. ``state`` is removed with it."""
+    """A running node and its API. ``state`` is removed with it; ``config`` is its node.toml, if any."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(
+        self, state: Path, config: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.state = state
+        self._arguments = ["--config", str(config)] if config else []
+        self._environment = {**os.environ, **(environment or {}), "RELUME_STATE": str(state)}
         self.client = NodeClient(state)
         self._log = state / "node.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -40,8 +44,8 @@ class OwnNode:
         """Start it; returns when it answers. Raises HostError."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "relume.cli.main", "node", "run"],
-                env={**os.environ, "RELUME_STATE": str(self.state)},
+                [sys.executable, "-m", "relume.cli.main", "node", "run", *self._arguments],
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -151,8 +155,8 @@ class OwnNode:
 
 
 @contextlib.contextmanager
-def own_node() -> Iterator[OwnNode]:
-    """A node while the block runs. Raises HostError where it cannot be started."""
+def own_node(node_toml: str = "", environment: Mapping[str, str] | None = None) -> Iterator[OwnNode]:
+    """A node while the block runs, with these settings. Raises HostError where it cannot be started."""
     if os.geteuid() != 0:
         raise HostError("bench runs a node of its own, and a node needs root", hint="run it with sudo")
     builds = CACHE / "builds"
@@ -160,7 +164,9 @@ def own_node() -> Iterator[OwnNode]:
     # Beside the cache: layers and images on one file system, and that one a disk.
     state = Path(tempfile.mkdtemp(prefix="state-", dir=CACHE))
     (state / "builds").symlink_to(builds)
-    node = OwnNode(state)
+    config = state / "node.toml"
+    config.write_text(node_toml)
+    node = OwnNode(state, config, environment)
     try:
         node.open()
         try:

@@ -72,6 +72,34 @@ COLUMNS = (
 )
 
 
+def region_table(rows: Sequence[Row]) -> list[Row]:
+    """A line for each goal of `bench --region`."""
+    return [
+        {
+            "row": row["row"],
+            "workload": row["workload"],
+            "seconds": time(row["seconds"]),
+            "ratio": goal["ratio"],
+            "got": row[goal["ratio"]],
+            "goal": goal["goal"],
+            "met": "yes" if goal["met"] else "no",
+        }
+        for row in rows
+        for goal in row["goals"]
+    ]
+
+
+REGION_COLUMNS = (
+    ("row", "ROW"),
+    ("workload", "WORKLOAD"),
+    ("seconds", "SECONDS"),
+    ("ratio", "RATIO"),
+    ("got", "GOT"),
+    ("goal", "GOAL"),
+    ("met", "MET"),
+)
+
+
 def baseline(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
     """(workload, cache) -> seconds of the eager restore in the same run."""
     return {(row["workload"], row["cache"]): _seconds(row) for row in rows if row["way"] == "criu-eager"}
@@ -160,6 +188,43 @@ def markdown_stages(rows: Sequence[Row]) -> list[str]:
         cells += [time(row["first_answer_s"]), "-" if own is None else time(own)]
         lines.append(f"| `{row['workload']}` | {' | '.join(cells)} |")
     return lines
+
+
+def markdown_region(rows: Sequence[Row]) -> list[str]:
+    """A table of `bench --region`: what was measured, what it is beside, and the ratios with their goals."""
+    lines = ["| what | seconds | beside | ratio | goal |", "|---|--:|---|--:|--:|"]
+    lines += [
+        f"| {_region_what(row)} | {time(row['seconds'])} | {_region_beside(row, goal['ratio'])} "
+        f"| {row[goal['ratio']]:g} | {goal['goal']} |"
+        for row in rows
+        for goal in row["goals"]
+    ]
+    return lines
+
+
+def _region_what(row: Row) -> str:
+    match row["row"]:
+        case "upload" | "download":
+            return f"{row['row']} of `{row['workload']}`, {mega(row['plain_bytes'])}"
+        case "crowd":
+            return f"{row['nodes']} nodes start `{row['workload']}` at once"
+        case _:
+            return f"first answer of `{row['workload']}` on a strange node, {row['link']}"
+
+
+def _region_beside(row: Row, ratio: str) -> str:
+    match ratio:
+        case "speed_ratio":
+            return f"plain obstore, {row['plain_way']}: {time(row['plain_s'])}"
+        case "to_local":
+            return f"local `learned`, cache dropped: {time(row['local_dropped_s'])}"
+        case "sooner_than_download":
+            return f"downloaded, then restored eagerly: {time(row['download_eager_s'])}"
+        case "bytes_ratio":
+            read, needed = mega(row["store_bytes"]), mega(row["working_set_stored_bytes"])
+            return f"read before it: {read}; the working set: {needed}"
+        case _:
+            return ratio.replace("_", " ")
 
 
 def mega(count: int | None) -> str:

@@ -1,0 +1,157 @@
+"""A real S3 server on loopback for `relume bench --region`, and a road to it that lets only so much through.
+
+The server is localbucket (PyPI), which comes with the development environment. The road is a process of its own, so
+that it takes no turns with what is measured; bytes pass it in the kernel (splice(2)).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from relume.errors import HostError
+from relume.store.upload import Throttle
+
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "relume-bench",
+    "AWS_SECRET_ACCESS_KEY": "relume-bench",
+    "AWS_REGION": "us-east-1",
+}
+
+_BUCKET = "bucket"
+_PATIENCE = 30.0
+_PIECE = 256 << 10
+_BURST_SECONDS = 0.01
+
+
+class Bucket:
+    """A running server; its objects are files below ``objects``."""
+
+    def __init__(self, root: Path, endpoint: str) -> None:
+        self.objects = root / _BUCKET
+        self.endpoint = endpoint
+
+    def url(self, prefix: str, endpoint: str | None = None) -> str:
+        """As `[store] url`."""
+        return (
+            f"s3://{_BUCKET}/{prefix}?endpoint={endpoint or self.endpoint}&path_style=true&region=us-east-1"
+        )
+
+    def warm(self, prefix: str) -> None:
+        """Read every object once: what a server far away has in memory is not this node's page cache."""
+        for path in (self.objects / prefix).rglob("*"):
+            if path.is_file():
+                with path.open("rb", buffering=0) as file:
+                    while file.read(4 << 20):
+                        pass
+
+
+@contextlib.contextmanager
+def bucket(root: Path) -> Iterator[Bucket]:
+    """A bucket in ``root`` while the block runs. Raises HostError where the server is not installed."""
+    program = Path(sys.executable).with_name("localbucket")
+    if not program.exists():
+        raise HostError(f"{program} is not there", hint="script/bootstrap --dev installs the S3 server")
+    (root / _BUCKET).mkdir(parents=True)
+    port = _free_port()
+    with _running([str(program), "--port", str(port), str(root)], port, root.parent / "bucket.log"):
+        yield Bucket(root, f"http://127.0.0.1:{port}")
+
+
+@contextlib.contextmanager
+def narrow_road(bucket: Bucket, bytes_per_second: int, log: Path) -> Iterator[str]:
+    """Another endpoint of ``bucket``, through which at most ``bytes_per_second`` pass in each direction."""
+    port = _free_port()
+    upstream = bucket.endpoint.removeprefix("http://")
+    command = [sys.executable, "-m", __name__, upstream, str(port), str(bytes_per_second)]
+    with _running(command, port, log):
+        yield f"http://127.0.0.1:{port}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def _running(command: list[str], port: int, log: Path) -> Iterator[None]:
+    with log.open("wb") as out:
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise HostError(
+                        f"{command[0]} did not start: {log.read_text(errors='replace')[-500:]}",
+                        hint="its words are above",
+                    ) from None
+                time.sleep(0.05)
+        yield
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+# --- the road's own process -----------------------------------------------------------------------
+
+
+def _serve(upstream: str, port: int, bytes_per_second: int) -> None:
+    there = Throttle(bytes_per_second, burst_s=_BURST_SECONDS)
+    back = Throttle(bytes_per_second, burst_s=_BURST_SECONDS)
+    host, _, upstream_port = upstream.partition(":")
+    with socket.create_server(("127.0.0.1", port), backlog=256) as server:
+        while True:
+            client, _ = server.accept()
+            peer = socket.create_connection((host, int(upstream_port)))
+            for one, other, throttle in ((client, peer, there), (peer, client, back)):
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=_pass, args=(one, other, throttle), daemon=True).start()
+
+
+def _pass(source: socket.socket, sink: socket.socket, throttle: Throttle) -> None:
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, _PIECE)
+    try:
+        while came := os.splice(source.fileno(), write, _PIECE):
+            throttle.take(came)
+            while came:
+                came -= os.splice(read, sink.fileno(), came)
+    except OSError:
+        pass  # one of the two hung up
+    finally:
+        os.close(read)
+        os.close(write)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description="Forward TCP to UPSTREAM, so many bytes a second each way.")
+    parser.add_argument("upstream")
+    parser.add_argument("port", type=int)
+    parser.add_argument("bytes_per_second", type=int)
+    options = parser.parse_args()
+    _serve(options.upstream, options.port, options.bytes_per_second)
+
+
+if __name__ == "__main__":
+    _main()
