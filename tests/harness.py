@@ -76,12 +76,14 @@ class Relume:
         self.env = {**os.environ, "RELUME_STATE": str(state), **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
         self.log = state.parent / f"{state.name}.node.log"
+        self.program = MAIN
+        """What runs the node; a test may put another one in its place."""
 
     def start_node(self) -> None:
         arguments = ["--config", str(self.config)] if self.config else []
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*MAIN, "node", "run", *arguments],
+                [*self.program, "node", "run", *arguments],
                 env=self.env,
                 stdout=log,
                 stderr=log,

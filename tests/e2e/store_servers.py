@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -120,7 +120,7 @@ def wait_for_bucket(port: int) -> None:
 
 
 class FaultProxy:
-    """Forwards HTTP to `upstream`, and does `fault` to every `every`-th request. Endpoint: `endpoint`.
+    """Forwards HTTP to `upstream`, and does `fault` to every `every`-th request, if `only` says so of its path.
 
     Faults: `latency`, `500`, `503`, `reset` (in the middle of the answer's body), `reset-request` (of the request's),
     `truncate` (the answer ends early, politely), `slow` (a trickle), `lost-answer` (the request is done, its answer is
@@ -130,6 +130,8 @@ class FaultProxy:
     def __init__(self, upstream: str) -> None:
         self.fault = ""
         self.every = 3
+        self.only: Callable[[str], bool] = lambda path: True
+        self.latency_s = 0.3
         self.hits = 0
         self.requests: list[tuple[str, str]] = []
         self._count = 0
@@ -159,6 +161,7 @@ class FaultProxy:
             self.requests.append((method, path))
             self._count += 1
             hit = bool(self.fault) and (self.fault == "outage" or self._count % self.every == 0)
+            hit = hit and self.only(path)
             self.hits += hit
             return self.fault if hit else ""
 
@@ -181,7 +184,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reset()
         body = self.rfile.read(size)
         if fault == "latency":
-            time.sleep(0.3)
+            until = time.monotonic() + self.owner.latency_s
+            while self.owner.fault == "latency" and time.monotonic() < until:
+                time.sleep(0.02)
         if fault in ("500", "503"):
             return self.answer(int(fault), {}, b"<Error><Code>SlowDown</Code></Error>")
         connection = http.client.HTTPConnection(self.upstream_address, timeout=60)

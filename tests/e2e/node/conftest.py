@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import leftovers
+from e2e.node import regions
 from harness import App, Relume, share_builds
 
 
@@ -76,3 +77,10 @@ def second(workplace: Path, relume: Relume) -> Iterator[Relume]:
         node.close()
         leftovers.soon_nothing(leftovers.of_node, node, node_id)
     shutil.rmtree(state, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def region(workplace: Path, relume: Relume) -> Iterator[regions.Region]:
+    """A bucket with one checkpoint, which tests read and copy, and leave as it is."""
+    with regions.made(workplace, relume) as made:
+        yield made

@@ -1,121 +1,23 @@
 """Nodes that share a bucket: what one has learned another starts with, and refuses when a bit of it is wrong.
 
-All run on this machine with state directories of their own. Each new node deploys the same directory (so it has
-the same build) and has none of the first one's checkpoints. localbucket keeps objects as files, so that they can be
-damaged behind the nodes' backs; each kind of damage gets a copy of the bucket's folder and a node of its own.
+Each kind of damage gets a copy of the bucket's folder and a node of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from e2e import store_servers as servers
-from harness import SNIPPET, App, Relume, get, share_builds, until
-from relume.store import new_key_file
-
-#: 48 MiB that don't compress, of which an answer needs 4. QUIET ones ask for no checkpoint.
-PROGRAM = f"""
-import random
-WEIGHTS = random.Random(7).randbytes(48 << 20)
-ACTIONS["sum"] = lambda _: {{"sum": sum(WEIGHTS[: 4 << 20 : 512]), "boot": STATE["boot"]}}
-if "QUIET" not in os.environ:
-    exec({SNIPPET!r})
-serve()
-"""
-
-
-@dataclass
-class Region:
-    """A bucket with one checkpoint and its working set, and the node that made them."""
-
-    root: Path
-    endpoint: str
-    key: Path
-    relume: Relume
-    app: App
-    first: Relume
-    checkpoint_id: str
-    answer: dict[str, Any]
-
-    def objects(self, prefix: str = "region") -> Path:
-        return self.root / "localbucket" / "bucket" / prefix
-
-    @contextlib.contextmanager
-    def node(
-        self, name: str, *, prefix: str = "region", key: bool = True, endpoint: str = "", **settings: Any
-    ) -> Iterator[Relume]:
-        """Another node of the region, which has the build."""
-        with _node(
-            self.root,
-            name,
-            servers.url(endpoint or self.endpoint, prefix=prefix),
-            self.key if key else None,
-            self.relume,
-            **settings,
-        ) as node:
-            node.deploy(self.app.directory)
-            yield node
-
-
-@contextlib.contextmanager
-def _node(
-    root: Path, name: str, url: str, key: Path | None, builds: Relume, **settings: Any
-) -> Iterator[Relume]:
-    state = root / name
-    state.mkdir(mode=0o700)
-    share_builds(builds, state)
-    settings |= {"key_file": str(key)} if key else {}
-    lines = ["[store]", f'url = "{url}"', "[region]"]
-    lines += [f"{option} = {json.dumps(value)}" for option, value in settings.items()]
-    config = root / f"{name}.toml"
-    config.write_text("\n".join(lines) + "\n")
-    credentials = {"AWS_ACCESS_KEY_ID": servers.USER, "AWS_SECRET_ACCESS_KEY": servers.PASSWORD}
-    node = Relume(state, config=config, env=credentials)
-    node.start_node()
-    try:
-        yield node
-    finally:
-        node.close()
-        shutil.rmtree(state, ignore_errors=True)
-    assert "Traceback" not in node.log.read_text(), node.log.read_text()[-8000:]
-
-
-@pytest.fixture(scope="module")
-def region(workplace: Path, relume: Relume) -> Iterator[Region]:
-    root = workplace / "region"
-    root.mkdir(mode=0o700)
-    key = root / "region.key"
-    new_key_file(key)
-    app = App(root / "app", "travels").write(PROGRAM, ready="/sum")
-    with (
-        servers.localbucket(root) as endpoint,
-        _node(root, "first", servers.url(endpoint), key, relume) as first,
-    ):
-        first.deploy(app.directory)
-        original = first.start(app.name)
-        made = first.answer_of_post(original["instance_id"])
-        assert made["status"] == "created", made
-        answer = get(original, "/sum")
-        until(
-            lambda: first.checkpoints(app.name)[0]["where"] == ["local", "remote"], 30, first.log.read_text()
-        )
-        copy = first.start(app.name)  # from its own disk; what it learns is published
-        assert copy["restored"] and "store_bytes" not in copy["trace"]
-        assert get(copy, "/sum") == answer
-        sets = root / "localbucket" / "bucket" / "region" / "working-set"
-        until(lambda: list(sets.rglob("list")), 30, first.log.read_text())
-        yield Region(root, endpoint, key, relume, app, first, made["checkpoint_id"], answer)
-    shutil.rmtree(root, ignore_errors=True)
+from e2e.node.regions import Region, node_of
+from harness import Relume, get, until
 
 
 def test_a_node_that_has_never_seen_it(region: Region) -> None:
@@ -199,29 +101,53 @@ def test_without_the_key(region: Region) -> None:
     assert len(list(region.objects().rglob("manifest"))) == 1
 
 
-def _flip(path: Path) -> None:
+def _flip(path: Path, at: int | None = None) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // 2 if at is None else at] ^= 1
     path.write_bytes(content)
 
 
-def _flip_all(objects: Path, pattern: str) -> None:
+def _flip_all(objects: Path, pattern: str, at: int | None = None) -> None:
     found = [path for path in objects.glob(pattern) if path.is_file()]
     assert found, pattern
+    for path in found:
+        _flip(path, at)
+
+
+def _flip_chunks(region: Region, objects: Path, *, of_pages: bool) -> None:
+    pages = region.chunks_of_pages()
+    found = [path for path in objects.glob("chunk/*/*/*") if (path.name in pages) == of_pages]
+    assert found
     for path in found:
         _flip(path)
 
 
-def _chunks_without_working_set(objects: Path) -> None:
+def _memory_without_working_set(region: Region, objects: Path) -> None:
     shutil.rmtree(objects / "working-set")
-    _flip_all(objects, "chunk/*/*/*")
+    _flip_chunks(region, objects, of_pages=True)
 
 
-REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "manifest": (lambda objects: _flip_all(objects, "checkpoint/*/*/*/manifest"), "manifest"),
-    "index": (lambda objects: _flip_all(objects, "checkpoint/*/*/*/index"), "index"),
-    "images": (lambda objects: _flip_all(objects, "checkpoint/*/*/*/images"), "images"),
-    "chunks": (_chunks_without_working_set, "chunk"),
+def _move_to_another_generation(_: Region, objects: Path) -> None:
+    """A genuine checkpoint under a name that its maker did not give it."""
+    (generation,) = objects.glob("checkpoint/*/*/*")
+    generation.rename(generation.with_name("77"))
+
+
+def _grow(_: Region, objects: Path) -> None:
+    (index,) = objects.glob("checkpoint/*/*/*/index")
+    with index.open("r+b") as file:
+        file.truncate(300 << 20)  # sparse: more than any index may have
+
+
+REFUSED: dict[str, tuple[Callable[[Region, Path], None], str]] = {
+    "manifest": (lambda _, objects: _flip_all(objects, "checkpoint/*/*/*/manifest"), "manifest"),
+    "version": (lambda _, objects: _flip_all(objects, "checkpoint/*/*/*/manifest", 6), "format version"),
+    "another name": (_move_to_another_generation, "signature of"),
+    "index": (lambda _, objects: _flip_all(objects, "checkpoint/*/*/*/index"), "index"),
+    "size": (_grow, "nothing of its kind is larger"),
+    "images": (lambda _, objects: _flip_all(objects, "checkpoint/*/*/*/images"), "images"),
+    "held files": (lambda region, objects: _flip_chunks(region, objects, of_pages=False), "chunk"),
+    "memory": (_memory_without_working_set, "chunk"),
 }
 
 
@@ -230,19 +156,19 @@ def test_one_bit_of_each_kind(region: Region) -> None:
     objects = region.objects("bad")
     with region.node("flipped", prefix="bad") as node:
 
-        def start(damage: Callable[[Path], None]) -> Any:
+        def start(damage: Callable[[Region, Path], None]) -> Any:
             """A start of a node that has nothing here, from the store with this damage."""
             node.stop(region.app.name)
             node.kill_node(signal.SIGTERM)
             shutil.rmtree(objects, ignore_errors=True)
             shutil.rmtree(node.state / "region" / "cache")
             shutil.copytree(region.objects(), objects)
-            damage(objects)
+            damage(region, objects)
             node.start_node()
             return node.start(region.app.name, "-e", "QUIET=1")
 
         for part in ("list", "0"):
-            started = start(lambda objects, part=part: _flip_all(objects, f"working-set/*/*/*/*/{part}"))
+            started = start(lambda _, objects, part=part: _flip_all(objects, f"working-set/*/*/*/*/{part}"))
             assert started["restored"], started
             assert get(started, "/sum") == region.answer
         for kind, (damage, reason) in REFUSED.items():
@@ -257,13 +183,11 @@ def test_one_bit_of_each_kind(region: Region) -> None:
 def test_bytes_that_turn_out_wrong_while_it_runs(region: Region) -> None:
     """What an answer needs is right, so it runs; the fill meets a wrong chunk: killed, another takes its place."""
     shutil.copytree(region.objects(), region.objects("late"))
-    _flip_all(region.objects("late"), "chunk/*/*/*")
+    _flip_chunks(region, region.objects("late"), of_pages=True)
     with region.node("late", prefix="late") as node:
         started = node.start(region.app.name)
         assert started["restored"], started
-        with contextlib.suppress(
-            OSError
-        ):  # the probe was the first answer; on a busy machine it is killed by now
+        with contextlib.suppress(OSError):  # the probe was the first answer: it may be killed by now
             assert get(started, "/sum") == region.answer
 
         def replaced() -> Any:
@@ -296,7 +220,7 @@ def test_a_store_that_does_not_exclude(region: Region, relume: Relume) -> None:
         url = servers.url(endpoint, bucket="jfs")
         with (
             pytest.raises(AssertionError, match=r"\[store\] url: .* create-if-absent"),
-            _node(region.root, "refusing", url, region.key, relume),
+            node_of(region.root, "refusing", url, region.key, relume),
         ):
             pass
 
