@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 FIELDS = {
     "workload",
     "way",
@@ -63,3 +65,16 @@ def test_tiny_clones() -> None:
     assert 0 < row["first_answer_s"] <= row["last_answer_s"]
     assert 0 < row["pss_bytes"] < row["image_bytes"] * 2
     assert row["cgroup_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_region_of_tiny() -> None:
+    rows = bench("--region", "--workload", "tiny", "--nodes", "2", "--runs", "1")
+    kinds = ["upload", "download", "first-answer", "first-answer, limited", "crowd"]
+    assert [row["row"] for row in rows] == kinds
+    for row in rows:
+        assert row["seconds"] > 0
+        assert all(goal["ratio"] in row for goal in row["goals"])
+    crowd = rows[-1]
+    assert (crowd["wrong_answers"], crowd["checkpoints_made"], crowd["restored"]) == (0, 1, 2)
+    assert crowd["bytes_ratio"] <= 1.2
