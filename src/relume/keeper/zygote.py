@@ -118,13 +118,16 @@ def serve(control: socket.socket, become_keeper: Callable[[Container], NoReturn]
     while packet := control.recv(_PACKET):
         try:
             pid = os.fork()
+            answer: dict[str, object] = {"pid": pid}
         except OSError as error:
-            control.send(json.dumps({"error": str(error)}).encode())
-            continue
+            pid, answer = -1, {"error": str(error)}
         if pid == 0:
             control.close()
             _child(Container(**json.loads(packet)), become_keeper)
-        control.send(json.dumps({"pid": pid}).encode())
+        try:
+            control.send(json.dumps(answer).encode())
+        except BrokenPipeError:
+            return  # the node was killed while it asked
 
 
 def _child(container: Container, become_keeper: Callable[[Container], NoReturn]) -> NoReturn:

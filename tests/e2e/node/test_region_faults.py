@@ -171,3 +171,4 @@ def test_memory_that_does_not_come_in_time(region: Region) -> None:
         assert get(cold, "/sum")["sum"] == region.answer["sum"]
         assert not ready(node, region, restored=True)
         assert "did not come" in node.log.read_text()
+        proxy.fault = ""
