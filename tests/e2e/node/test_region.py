@@ -151,6 +151,7 @@ REFUSED: dict[str, tuple[Callable[[Region, Path], None], str]] = {
 }
 
 
+@pytest.mark.timeout(900)  # ten starts of a node
 def test_one_bit_of_each_kind(region: Region) -> None:
     """Refused before the first instruction, with the reason, and booted cold. A working set is only of no use then."""
     objects = region.objects("bad")
