@@ -74,8 +74,14 @@ def _internal(error: Exception) -> dict[str, Any]:
     }
 
 
-async def _stream(request: web.Request, verb: Callable[[Progress], Awaitable[Any]]) -> web.StreamResponse:
-    """Run ``verb`` and stream what it says."""
+_LOOK_AT_CALLER = 0.5
+"""Seconds between two looks whether a caller to whom there is nothing to say is still there."""
+
+
+async def _stream(
+    request: web.Request, verb: Callable[[Progress], Awaitable[Any]], *, goes_on: bool = True
+) -> web.StreamResponse:
+    """Run ``verb`` and stream what it says. If the caller goes away it ``goes_on``, or is cancelled."""
     response = web.StreamResponse(headers={"content-type": "application/x-ndjson"})
     await response.prepare(request)
     lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
@@ -90,11 +96,24 @@ async def _stream(request: web.Request, verb: Callable[[Progress], Awaitable[Any
             lines.put_nowait({"error": _internal(error)})
         lines.put_nowait(None)
 
-    request.app[NODE].background.spawn(run())
-    with contextlib.suppress(ConnectionResetError):  # the caller is gone; what was asked for goes on
-        while (line := await lines.get()) is not None:
+    running = request.app[NODE].background.spawn(run())
+    try:
+        while (line := await _next(request, lines)) is not None:
             await response.write(json.dumps(line).encode() + b"\n")
+    except ConnectionResetError:
+        if not goes_on:
+            running.cancel()
     return response
+
+
+async def _next(request: web.Request, lines: asyncio.Queue[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """The next line. Raises ConnectionResetError when the caller hangs up, also where nothing is said."""
+    while True:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LOOK_AT_CALLER):
+                return await lines.get()
+        if request.transport is None or request.transport.is_closing():
+            raise ConnectionResetError
 
 
 async def _body(request: web.Request) -> dict[str, Any]:
@@ -134,7 +153,7 @@ async def _deploy(request: web.Request) -> web.StreamResponse:
 
     if not isinstance(body.get("directory"), str):
         raise BadRequest("directory is missing")
-    return await _stream(request, verb)
+    return await _stream(request, verb, goes_on=False)
 
 
 @routes.post("/v1/apps/{app}/start")

@@ -7,12 +7,13 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from harness import SNIPPET, App, Failed, Relume, get, until
+from harness import MAIN, SNIPPET, App, Failed, Relume, get, until
 from relume.linux import cgroup, mounts
 from relume.linux.process import traced
 
@@ -250,6 +251,28 @@ serve()
     until(lambda: [row["state"] for row in relume.checkpoints(app.name)] == ["ready"])
     get(started, "/count")
     assert relume.start(app.name)["restored"]
+
+
+def test_a_deploy_whose_caller_goes_away_is_cancelled(relume: Relume, app: App) -> None:
+    app.write("serve()")
+    toml = app.directory / "cerebrium.toml"
+    good = toml.read_text()
+    toml.write_text(
+        good.replace("[cerebrium.runtime", 'shell_commands = ["sleep 4711"]\n[cerebrium.runtime', 1)
+    )
+    temporary = relume.state / "builds" / "tmp"
+    with subprocess.Popen(
+        [*MAIN, "deploy", str(app.directory), "-y"], env=relume.env, stderr=subprocess.PIPE, text=True
+    ) as command:
+        assert command.stderr is not None
+        for line in command.stderr:
+            if "sleep 4711" in line:
+                break
+        until(lambda: list(temporary.iterdir()))
+        command.kill()
+    until(lambda: not list(temporary.iterdir()), what="the build goes on, and nobody can end it")
+    toml.write_text(good)
+    relume.deploy(app.directory)
 
 
 def test_rubbish_at_the_sidecar(relume: Relume, app: App) -> None:
