@@ -11,6 +11,7 @@ from typing import Any
 from relume.cli.benchmark import measure
 from relume.cli.benchmark.measure import Say, Target
 from relume.cli.benchmark.own_node import OwnNode
+from relume.cli.benchmark.page_cache import WriteLimits
 from relume.cli.benchmark.region import Place, Row, read_before_the_answer, until
 from relume.cli.benchmark.workloads import Workload
 
@@ -34,7 +35,8 @@ def measure_crowd(place: Place, workload: Workload, count: int, say: Say) -> Row
         facts = maker.checkpoint_of(app)
         assert facts is not None
         images = maker.images(facts["checkpoint_id"])
-        target = Target(workload, app, expected, 0.0, facts, images, 0.0)
+        unmeasured = WriteLimits(0.0, 0.0)  # no row here is about the freeze
+        target = Target(workload, app, expected, 0.0, facts, images, unmeasured, 0.0)
         say(f"{workload.name}: learning")
         measure.learn(maker, target)
         until(maker, lambda: bool(place.objects("working-set/*/*/*/*/list")))
