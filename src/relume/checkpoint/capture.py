@@ -38,6 +38,7 @@ from relume.errors import (
     Unsupported,
 )
 from relume.images import integrity, lazy_bytes
+from relume.images.mappings import saved_by_mapping
 from relume.keeper.client import Keeper
 from relume.linux import cgroup, proc
 
@@ -188,7 +189,8 @@ class Capturer:
         """The newest checkpoint of the build that fits this machine, and GPUs offered, and is not quarantined."""
         for checkpoint in reversed(self._shelf.of_build(build_id)):
             fits = not differences(checkpoint.platform, self._platform, offers)
-            if fits and not self._shelf.health(checkpoint.checkpoint_id).quarantined:
+            health = self._shelf.health(checkpoint.checkpoint_id)
+            if fits and not health.quarantined and not self._shelf.why_aside(checkpoint.checkpoint_id):
                 return checkpoint
         return None
 
@@ -203,6 +205,8 @@ class Capturer:
         health = self._shelf.health(newest.checkpoint_id)
         if health.quarantined:
             return f"checkpoint {newest.checkpoint_id} is quarantined: {health.reason}"
+        if aside := self._shelf.why_aside(newest.checkpoint_id):
+            return aside
         reasons = differences(newest.platform, self._platform, offers)
         return f"checkpoint {newest.checkpoint_id} does not fit this machine: {'; '.join(reasons)}"
 
@@ -406,6 +410,7 @@ class Capturer:
             left_behind=dataclasses.asdict(left),
             warnings=list(result.held.get("warnings", ())),
             affinity=result.affinity,
+            memory=[dataclasses.asdict(mapped) for mapped in saved_by_mapping(images)],
             gpu=record_of(directory / "work"),
         )
 

@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ class Checkpoint:
     warnings: list[str]
     affinity: Affinity = dataclasses.field(default_factory=list)
     """Threads (pids inside) that were kept from some processors: see relume.linux.affinity."""
+    memory: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """``pid``, ``what`` and ``saved_bytes`` (relume.images.mappings), the largest first."""
     gpu: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The GPUs it was taken on and what was put away of them (relume.checkpoint.device); empty without one."""
 
@@ -91,6 +94,7 @@ class Shelf:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._linked: dict[str, Path] = {}
+        self._aside: dict[str, str] = {}
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def directory(self, checkpoint_id: str) -> Path:
@@ -107,6 +111,14 @@ class Shelf:
     def unlink(self, checkpoint_id: str) -> None:
         """The reverse of :meth:`link`; for one that is not linked nothing happens."""
         self._linked.pop(checkpoint_id, None)
+
+    def set_aside(self, checkpoint_id: str, reason: str) -> None:
+        """Not to be used until the node restarts; it stays on the disk."""
+        self._aside[checkpoint_id] = reason
+
+    def why_aside(self, checkpoint_id: str) -> str | None:
+        """The reason of :meth:`set_aside`; None for one that may be used."""
+        return self._aside.get(checkpoint_id)
 
     # --- making -----------------------------------------------------------------------------------
 
@@ -147,7 +159,7 @@ class Shelf:
     def completed(self, dump_id: str) -> Checkpoint | None:
         """One in the making that needs nothing more than to be published."""
         try:
-            return _read(self.making(dump_id))
+            return read(self.making(dump_id))
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
@@ -179,7 +191,7 @@ class Shelf:
     def load(self, checkpoint_id: str) -> Checkpoint:
         """Raises NotFound when it is not there or not readable."""
         try:
-            return _read(self.directory(checkpoint_id))
+            return read(self.directory(checkpoint_id))
         except (OSError, ValueError, TypeError, KeyError):
             raise NotFound(
                 f"no checkpoint {checkpoint_id}", hint="relume checkpoints ls shows them"
@@ -255,7 +267,11 @@ class Shelf:
 
 def read(directory: Path) -> Checkpoint:
     """The record in a checkpoint's directory. Raises OSError, ValueError, TypeError or KeyError."""
-    raw = json.loads((directory / RECORD).read_text())
+    return from_json(json.loads((directory / RECORD).read_text()))
+
+
+def from_json(raw: Mapping[str, Any]) -> Checkpoint:
+    """The record as it is written. Raises TypeError or KeyError."""
     return Checkpoint(**{**raw, "platform": Platform.from_json(raw["platform"])})
 
 
@@ -265,12 +281,6 @@ def size_of(directory: Path) -> int:
     for parent, _, files in os.walk(directory):
         total += sum(os.lstat(os.path.join(parent, name)).st_blocks * 512 for name in files)  # noqa: PTH118
     return total
-
-
-def _read(directory: Path) -> Checkpoint:
-    raw = json.loads((directory / RECORD).read_text())
-    raw["platform"] = Platform.from_json(raw["platform"])
-    return Checkpoint(**raw)
 
 
 def close_to_others(images: Path) -> None:

@@ -32,5 +32,8 @@ def list_apps(options: Namespace) -> None:
 
 
 def remove(options: Namespace) -> None:
-    NodeClient().delete(f"/v1/apps/{segment(options.app)}")
-    Screen(options.output).removed("app", options.app)
+    result = NodeClient().delete(f"/v1/apps/{segment(options.app)}")
+    screen = Screen(options.output)
+    screen.removed("app", options.app)
+    if result.get("reason"):
+        screen.note(result["reason"])

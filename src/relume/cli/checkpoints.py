@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from relume.cli.arguments import Parser
 from relume.cli.client import NodeClient, segment
-from relume.cli.render import Screen
+from relume.cli.render import Screen, size
 
 COLUMNS = (
     ("checkpoint_id", "CHECKPOINT"),
@@ -58,7 +59,26 @@ def list_checkpoints(options: Namespace) -> None:
 
 
 def inspect(options: Namespace) -> None:
-    Screen(options.output).record(NodeClient().get(f"/v1/checkpoints/{segment(options.checkpoint)}"))
+    found = NodeClient().get(f"/v1/checkpoints/{segment(options.checkpoint)}")
+    screen = Screen(options.output)
+    screen.record(found if screen.as_json else _in_words(found))
+
+
+def _in_words(found: dict[str, Any]) -> dict[str, Any]:
+    """The same for people: processes and mappings in a word each, what the region knows as fields of their own."""
+    words = dict(found)
+    words["processes"] = ", ".join(
+        f"{one['name']} (pid {one['pid']}) {size(one['memory_bytes'])}" for one in found.get("processes", ())
+    )
+    words["mappings"] = ", ".join(
+        f"{one['what']} (pid {one['pid']}) {size(one['saved_bytes'])}" for one in found.get("mappings", ())
+    )
+    for name, value in (words.pop("region", None) or {}).items():
+        words[f"region_{name}"] = value
+    for name in ("would_be_used", "why_not"):  # last, because they are what is looked for
+        if name in words:
+            words[name] = words.pop(name)
+    return words
 
 
 def verify(options: Namespace) -> int:

@@ -46,6 +46,32 @@ class StoreSettings(Table):
     max_cache_bytes: Annotated[
         int, Field(ge=0, le=2**60), Key("bytes of the store's checkpoints kept on this machine")
     ] = 50_000_000_000
+    parallel: Annotated[
+        int, Field(ge=1, le=256), Key("requests in flight of one upload or download; each takes about 12 MiB")
+    ] = 8
+    max_upload_bytes_per_second: Annotated[
+        int | None, Field(ge=65536, le=2**40), Key("bandwidth that one upload may take; unlimited without")
+    ] = None
+    keep_checkpoints: Annotated[
+        int | None,
+        Field(ge=1, le=1_000_000),
+        Key(
+            "the newest checkpoints of each app, for each kind of machine, that stay; older ones are removed, in the "
+            "whole region. All stay without"
+        ),
+    ] = None
+    keep_days: Annotated[
+        float | None,
+        Field(gt=0, le=36500),
+        Key("days after which a checkpoint is removed, in the whole region"),
+    ] = None
+    gc_grace_hours: Annotated[
+        float,
+        Field(ge=0, le=87600),
+        Key(
+            "hours that garbage collection leaves alone what nobody uses; longer than any instance pages from it"
+        ),
+    ] = 24.0
 
 
 class RegionSettings(Table):

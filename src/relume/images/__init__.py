@@ -6,7 +6,7 @@ The formats are those of CRIU 4.1 to 4.2.1; anything else is refused by name, ne
 """
 
 from relume.images.files import Entry, read_entries, read_image, write_image
-from relume.images.pagemap import PAGE_SIZE, Extent, Pagemap, lazy_bytes, read_pagemap
+from relume.images.pagemap import PAGE_SIZE, Extent, Pagemap, lazy_bytes, pages_sizes, read_pagemap
 
 __all__ = [
     "PAGE_SIZE",
@@ -14,6 +14,7 @@ __all__ = [
     "Extent",
     "Pagemap",
     "lazy_bytes",
+    "pages_sizes",
     "read_entries",
     "read_image",
     "read_pagemap",

@@ -133,6 +133,13 @@ def _entries(path: Path) -> tuple[Any, Sequence[Any]]:
     return head, all_entries.entries
 
 
+def pages_sizes(images: Path) -> dict[int, int]:
+    """Bytes of each pages file, by its number. Raises ImageError."""
+    pids = [task.pid for task in read_image(images / "pstree.img")]
+    found = [read_pagemap(images, pid) for pid in pids if (images / f"pagemap-{pid}.img").exists()]
+    return {pagemap.pages_id: pagemap.pages_bytes for pagemap in found}
+
+
 def lazy_bytes(images: Path) -> dict[int, int]:
     """Bytes of lazy memory of each process (pid as in the image) in ``images``. Raises ImageError.
 

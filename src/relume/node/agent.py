@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from relume.checkpoint.restore import Restoration
 from relume.checkpoint.shelf import Checkpoint, Shelf
 from relume.config import NodeConfig, load_app
 from relume.engine.network import pasta
-from relume.errors import BadRequest, NotFound
+from relume.errors import BadRequest, NotFound, RelumeError, StoreError
 from relume.keeper.instance import read_exit_code
 from relume.keeper.zygote import Zygote
 from relume.node import machine
@@ -28,9 +29,11 @@ from relume.node.bringup import BringUp
 from relume.node.deployed import Deployed
 from relume.node.gpus import Gpus
 from relume.node.ground import Ground
+from relume.node.inspection import described, learned_bytes, why_not_on
 from relume.node.lifecycle import Lifecycle
 from relume.node.places import Places
 from relume.node.requests import subject
+from relume.node.retention import outlived
 from relume.node.secrets import Secrets
 from relume.node.settings import Settings
 from relume.node.spares import Spares
@@ -45,6 +48,9 @@ log = logging.getLogger(__name__)
 
 MEMORIES = ("paged", "unlearned", "eager", "criu")
 """How a copy's memory may come (Lifecycle.start); all but the first are for comparison."""
+
+_RETAIN_S = 600.0
+"""Seconds between looks for checkpoints that have had their time."""
 
 _APP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -132,6 +138,8 @@ class Node:
         for app in {instance.build.app for instance in self.lifecycle.instances.values()}:
             self.lifecycle.prepared.want(app)
         self.background.spawn(self.lifecycle.prepared.run())
+        if self._config.store.keep_checkpoints is not None or self._config.store.keep_days is not None:
+            self.background.spawn(self._retain())
 
     def _deployed(self) -> list[Build]:
         """The builds that a start would use."""
@@ -183,6 +191,24 @@ class Node:
             self._ground.clear(self.places.instance(instance_id), instance_id)
         except OSError as error:
             log.error("clearing up after %s: %s", instance_id, error)
+
+    async def _retain(self) -> None:
+        """Remove checkpoints that have had their time, for as long as the node runs."""
+        store = self._config.store
+        while True:
+            try:
+                rows = await asyncio.to_thread(self.checkpoints)
+                doomed = outlived(
+                    rows, keep=store.keep_checkpoints, keep_days=store.keep_days, now=time.time()
+                )
+                for checkpoint_id, why in doomed.items():
+                    log.info("%s is removed: %s", checkpoint_id, why)
+                    await asyncio.to_thread(self.remove_checkpoint, checkpoint_id)
+            except NotFound:
+                continue  # another node was faster: look again
+            except (RelumeError, OSError) as error:
+                log.warning("old checkpoints are not removed: %s", error)
+            await asyncio.sleep(_RETAIN_S)
 
     async def close(self) -> None:
         """Let go; what runs, runs on."""
@@ -252,6 +278,9 @@ class Node:
         offers = await self.lifecycle.offers(build)
         reason, checkpoint = self.lifecycle.choose(build, restore_wanted=True, offers=offers)
         checkpoint_id = checkpoint.checkpoint_id if checkpoint else None
+        if checkpoint_id is not None and self._region is not None:
+            gone = await self._region.copies.gone(checkpoint_id)
+            reason, checkpoint_id = gone, None if gone else checkpoint_id
         if checkpoint_id is None and build.checkpointing and self._region is not None:
             why_not, checkpoint_id = await asyncio.to_thread(self._region.copies.look, build)
             reason = None if checkpoint_id else why_not or reason
@@ -324,12 +353,18 @@ class Node:
             for app in self._state.apps()
         ]
 
-    async def remove_app(self, name: str) -> None:
-        """Stop and remove everything of an app: instances, checkpoints, builds, secrets, its kept folder stays."""
-        self._state.app(name)
-        await self.stop(name)
+    async def remove_app(self, name: str) -> str | None:
+        """Stop and remove everything of an app: instances, checkpoints, builds, secrets, its kept folder stays.
+
+        In a region its checkpoints and builds are removed there too, also those of an app that this node never
+        had; returns why they were not, if the store could not be told. Raises NotFound.
+        """
+        known = any(app.name == name for app in self._state.apps())
+        if known or self._region is None:
+            await self.stop(name)
+        left = None
         if self._region is not None:
-            await asyncio.to_thread(self._region.catalogue.remove_app, name)
+            left = await asyncio.to_thread(self._remove_from_region, self._region, name, known)
         for checkpoint in self._shelf.all():
             if checkpoint.app == name:
                 await asyncio.to_thread(self._remove_here, checkpoint.checkpoint_id)
@@ -339,6 +374,19 @@ class Node:
         Secrets(self.places.secrets(name)).clear()
         self.lifecycle.roster.prune(name, 0)
         self._state.remove_app(name)
+        return left
+
+    def _remove_from_region(self, region: NodeRegion, name: str, known: bool) -> str | None:
+        try:
+            removed = region.catalogue.remove_app(name)
+        except StoreError as error:
+            if not known:
+                raise
+            log.warning("the region still has checkpoints and builds of %s: %s", name, error.message)
+            return f"what the region has of it stays: {error.message}"
+        if not known and not removed:
+            self._state.app(name)
+        return None
 
     async def explain_checkpoint(self, instance_id: str) -> dict[str, Any]:
         """Would a checkpoint of the instance work, how large would it be, how long would it take; stops nothing."""
@@ -355,6 +403,7 @@ class Node:
                 "checkpoint_id": f"cp-{intent.dump_id}",
                 "app": intent.app,
                 "build_id": intent.build_id,
+                "platform": self.platform.key,
                 "state": "creating",
                 "where": [],
                 "upload": None,
@@ -369,12 +418,16 @@ class Node:
 
     def _checkpoint_row(self, checkpoint: Checkpoint) -> dict[str, Any]:
         health = self._shelf.health(checkpoint.checkpoint_id)
+        aside = self._shelf.why_aside(checkpoint.checkpoint_id)
         return {
             "checkpoint_id": checkpoint.checkpoint_id,
             "app": checkpoint.app,
             "build_id": checkpoint.build_id,
-            "state": "quarantined" if health.quarantined else "ready",
-            "where": ["local", "remote"] if self._is_published(checkpoint.checkpoint_id) else ["local"],
+            "platform": checkpoint.platform.key,
+            "state": "quarantined" if health.quarantined or aside else "ready",
+            "where": ["local", "remote"]
+            if self._is_published(checkpoint.checkpoint_id) and not aside
+            else ["local"],
             "upload": self._region.uploads.progress(checkpoint.checkpoint_id)
             if self._region is not None
             else None,
@@ -396,32 +449,27 @@ class Node:
         health = self._shelf.health(checkpoint_id)
         offers = await self._offers_like(checkpoint)
         reasons = platform.differences(checkpoint.platform, self.platform, offers)
+        reasons += why_not_on(self._build(checkpoint.build_id), checkpoint)
         if health.quarantined:
             reasons.append(f"quarantined: {health.reason}")
-        return self._checkpoint_row(checkpoint) | {
-            "instance_id": checkpoint.instance_id,
-            "frozen_ms": round(checkpoint.frozen_s * 1000),
-            "timings": checkpoint.timings,
-            "processes": checkpoint.processes,
-            "left_behind": checkpoint.left_behind,
-            "warnings": checkpoint.warnings,
-            "loopback": checkpoint.loopback,
-            "filesystem": checkpoint.filesystem,
+        if aside := self._shelf.why_aside(checkpoint_id):
+            reasons.append(aside)
+        directory = self._shelf.directory(checkpoint_id)
+        found = self._checkpoint_row(checkpoint) | described(checkpoint)
+        found |= {
             "memory": self._how_memory_comes(checkpoint),
-            "platform": {
-                "key": checkpoint.platform.key,
-                "arch": checkpoint.platform.arch,
-                "kernel": checkpoint.platform.kernel,
-                "criu": checkpoint.platform.criu,
-                "runc": checkpoint.platform.runc,
-                "cpu": list(checkpoint.platform.cpu),
-                "gpu": list(checkpoint.platform.gpu),
-            },
-            "gpu": checkpoint.gpu,
+            "working_set_bytes": await asyncio.to_thread(learned_bytes, directory),
             "failures": health.failures,
-            "would_be_used": not reasons,
-            "why_not": reasons,
         }
+        if self._region is not None:
+            found["region"] = await asyncio.to_thread(self._region.catalogue.about, checkpoint_id)
+        return found | {"would_be_used": not reasons, "why_not": reasons}
+
+    def _build(self, build_id: str) -> Build | None:
+        try:
+            return self._builder.load(build_id)
+        except NotFound:
+            return None
 
     def _how_memory_comes(self, checkpoint: Checkpoint) -> str:
         try:

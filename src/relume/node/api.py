@@ -216,8 +216,8 @@ async def _apps(request: web.Request) -> web.Response:
 
 @routes.delete("/v1/apps/{app}")
 async def _remove_app(request: web.Request) -> web.Response:
-    await request.app[NODE].remove_app(request.match_info["app"])
-    return web.json_response({"removed": request.match_info["app"]})
+    left = await request.app[NODE].remove_app(request.match_info["app"])
+    return web.json_response({"removed": request.match_info["app"], "reason": left})
 
 
 @routes.get("/v1/checkpoints")

@@ -99,6 +99,7 @@ class Ending:
             instance.state = "exited" if instance.state == "stopping" else state
             self._roster.remove(instance)
             self._gpus.take_back(instance.instance_id)
+            instance.unpin()
             instance.gone.set()
         self._roster.prune(instance.build.app, _KEEP_ENDED)
 

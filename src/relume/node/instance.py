@@ -20,6 +20,7 @@ from relume.node.settings import Settings
 if TYPE_CHECKING:
     from relume.node.region import Copy
     from relume.node.start import Start
+    from relume.store import Pin
 
 InstanceState = Literal["starting", "ready", "stopping", "exited", "failed", "prepared"]
 
@@ -54,6 +55,8 @@ class Instance:
     """What failed were bytes that are not what they must be."""
     copy: Copy | None = None
     """The region's checkpoint that it came from, until it can do without."""
+    pin: Pin | None = None
+    """Keeps the region's cache from evicting what it still pages from."""
     answered: bool = False
     """Its first answer left; known of restored ones."""
     from_store: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -81,6 +84,11 @@ class Instance:
     timeline: dict[str, float] = dataclasses.field(default_factory=dict)
     whole: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     """Set when the processes that a GPU's driver is to work on lack no memory any more."""
+
+    def unpin(self) -> None:
+        if self.pin is not None:
+            self.pin.close()
+            self.pin = None
 
     @property
     def url(self) -> str | None:

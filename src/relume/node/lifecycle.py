@@ -141,6 +141,9 @@ class Lifecycle:
             trace = start.trace
             offers = await self.offers(build)
             reason, checkpoint = self.choose(build, restore_wanted=restore_wanted, offers=offers)
+            if checkpoint is not None and self._region is not None:
+                gone = await self._region.copies.gone(checkpoint.checkpoint_id)
+                reason, checkpoint = gone, None if gone else checkpoint
             trace.mark("lookup")
             self.prepared.want(build.app)
             if checkpoint is not None and memory == "paged":
@@ -257,6 +260,8 @@ class Lifecycle:
         self, start: Start, checkpoint: Checkpoint, memory: str, copy: Copy | None = None
     ) -> Instance:
         instance = self._new(start, checkpoint.checkpoint_id)
+        if copy is None and self._region is not None:
+            instance.pin = self._region.copies.pin(checkpoint.checkpoint_id)
         if copy is not None:
             instance.from_store = {"store_bytes": copy.store_bytes, "store_requests": copy.store_requests}
             instance.copy = copy
@@ -353,6 +358,7 @@ class Lifecycle:
 
     def _finish_copy(self, instance: Instance) -> None:
         """The instance has what it needs of the region's checkpoint: the rest is the node's to bring."""
+        instance.unpin()
         copy, instance.copy = instance.copy, None
         if copy is not None and self._region is not None:
             self._region.copies.finish(copy)

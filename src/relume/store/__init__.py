@@ -6,6 +6,7 @@ this room knows of instances, containers or CRIU's formats beyond the names of i
 
 from relume.store.builds import BuildRecord, LayerRef
 from relume.store.bundle import pack_tree, unpack_tree
+from relume.store.cache import Pin
 from relume.store.fetch import Fetched
 from relume.store.keys import KeyWrapper, new_key_file, rotate_key_file
 from relume.store.lease import Lease
@@ -33,6 +34,7 @@ __all__ = [
     "Objects",
     "PageRun",
     "Patience",
+    "Pin",
     "Progress",
     "Region",
     "RegionConfig",

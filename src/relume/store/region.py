@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO, Literal
 
 from relume.errors import ObjectMissing, Superseded, Untrusted
 from relume.store import archive, builds, gc, layers
@@ -188,9 +190,28 @@ class Region:
                 newest[key] = max(name, newest.get(key, name))
         return sorted(newest.values())
 
+    def standing(self, name: CheckpointName) -> Literal["current", "removed", "superseded", "missing"]:
+        """Of a checkpoint that a node has: may it still be used? One request. Raises StoreError."""
+        infos = {info.name for info in self.objects.list(f"checkpoint/{name.build}/{name.platform}")}
+        if name.removed in infos:
+            return "removed"
+        if name.manifest not in infos:
+            return "missing"
+        newest = max(
+            found for each in infos if (found := CheckpointName.parse(each)) and found.manifest in infos
+        )
+        return "superseded" if newest > name and newest.removed not in infos else "current"
+
     def manifest(self, name: CheckpointName) -> Manifest:
         """Raises ObjectMissing, Untrusted, StoreError."""
         return read_manifest(self.objects, self.keyring, name)[0]
+
+    def working_set_bytes(self, name: CheckpointName) -> int:
+        """What the newest working set of a checkpoint takes in the store; 0 without one. Raises StoreError."""
+        found: dict[int, int] = defaultdict(int)
+        for info in self.objects.list(name.working_sets):
+            found[int(info.name.split("/")[-2])] += info.size
+        return found[max(found)] if found else 0
 
     def verify(self, name: CheckpointName) -> Verdict:
         return verify(self.objects, self.keyring, name)
@@ -221,7 +242,11 @@ class Region:
 
         Age is by the time stamps of the manifests' makers, so it is as right as their clocks: give days, not minutes.
         """
-        own = [manifest for name in self.names() if (manifest := self.manifest(name)).app == app]
+        own = []
+        for name in self.names():
+            with suppress(ObjectMissing, Untrusted):  # not ours to judge
+                if (manifest := self.manifest(name)).app == app:
+                    own.append(manifest)
         own.sort(key=lambda manifest: manifest.created_at, reverse=True)
         too_old = time.time() - max_age_s if max_age_s is not None else float("-inf")
         doomed = [m.name for at, m in enumerate(own) if at >= keep or m.created_at < too_old]
@@ -262,18 +287,19 @@ class Region:
         """
         wait_for_sweep(self.leases, held)
         refs = []
-        for digest in digests:
-            size = layers.publish_layer(
-                self.objects,
-                self.keyring,
-                digest,
-                partial(pack, digest),
-                self._scratch,
-                limits=self.config.limits,
-                progress=progress or Progress(),
-                check=held.check,
-            )
-            refs.append(LayerRef(digest=digest, size=size))
+        with TemporaryDirectory(dir=self._scratch, prefix="build-") as scratch:
+            for digest in digests:
+                size = layers.publish_layer(
+                    self.objects,
+                    self.keyring,
+                    digest,
+                    partial(pack, digest),
+                    Path(scratch),
+                    limits=self.config.limits,
+                    progress=progress or Progress(),
+                    check=held.check,
+                )
+                refs.append(LayerRef(digest=digest, size=size))
         build = BuildRecord(app=app, inputs=inputs, number=held.number, facts=facts, layers=tuple(refs))
         held.check()
         if not builds.publish_build(self.objects, self.keyring, build):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import zipfile
 from collections.abc import Iterator
@@ -18,8 +19,6 @@ import pytest
 from e2e import store_servers as servers
 from harness import SNIPPET, App, Relume, get, share_builds, until
 from relume.store import new_key_file
-
-pytestmark = pytest.mark.timeout(900)  # the first one sends a whole base twice
 
 PROGRAM = f"""
 import sample
@@ -93,32 +92,116 @@ def _layers(node: Relume, build_id: str) -> Any:
     return json.loads((node.state / "builds" / "builds" / f"{build_id}.json").read_text())["layers"]
 
 
-def test_adopted_and_restored(bucket: Bucket) -> None:
-    """The second node has no base, and no package index that it could build from: everything comes from the store."""
+@dataclass
+class Pair:
+    """Two nodes and an app with a package from pip, which the first one has built and checkpointed.
+
+    The second has no base, and no package index that it could build from.
+    """
+
+    a: Relume
+    b: Relume
+    app: App
+    made: dict[str, Any]
+    answer: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def pair(bucket: Bucket) -> Iterator[Pair]:
     app = App(bucket.root / "app", "adopted").write(PROGRAM, ready="/version", extra=PIP)
     with bucket.node("a", "one") as a, bucket.node("b", "one", bases=False, pip=False) as b:
         made = a.deploy(app.directory)
-        assert (made["how"], made["in_region"], made["reason"]) == ("built", True, None), made
         original = a.start(app.name)
         assert a.answer_of_post(original["instance_id"])["status"] == "created"
         until(lambda: a.checkpoints(app.name)[0]["where"] == ["local", "remote"], 60, a.log.read_text())
+        answer = get(original, "/version")
+        a.stop(app.name)
+        yield Pair(a, b, app, made, answer)
 
-        deployed = b.run("deploy", str(app.directory), "-y")
-        assert "adopted from the region" in deployed.stderr, deployed.stderr
-        assert "pip: installing" not in deployed.stderr and "base:" not in deployed.stderr, deployed.stderr
-        assert f"build {made['build_id']} (adopted)" in deployed.stdout
-        assert _layers(b, made["build_id"]) == _layers(a, made["build_id"])
-        copy = b.start(app.name)
-        assert copy["restored"], copy
-        assert get(copy, "/version") == get(original, "/version")
-        assert b.deploy(app.directory)["how"] == a.deploy(app.directory)["how"] == "reused"
 
-        # A change of one file: the stages below it came along, so that this node builds without an index too.
-        (app.directory / "more.txt").write_text("more")
-        changed = b.deploy(app.directory)
-        assert (changed["how"], changed["in_region"]) == ("built", True), changed
-        assert _layers(b, changed["build_id"])[:-1] == _layers(a, made["build_id"])[:-1]
-        assert a.deploy(app.directory)["how"] == "adopted"
+def test_built_and_published(pair: Pair) -> None:
+    assert (pair.made["how"], pair.made["in_region"], pair.made["reason"]) == ("built", True, None), pair.made
+    again = pair.a.deploy(pair.app.directory)
+    assert (again["how"], again["build_id"]) == ("reused", pair.made["build_id"])
+
+
+def test_adopted_and_restored(pair: Pair) -> None:
+    deployed = pair.b.run("deploy", str(pair.app.directory), "-y")
+    assert "adopted from the region" in deployed.stderr, deployed.stderr
+    assert "pip: installing" not in deployed.stderr and "base:" not in deployed.stderr, deployed.stderr
+    build_id = pair.made["build_id"]
+    assert f"build {build_id} (adopted)" in deployed.stdout
+    assert _layers(pair.b, build_id) == _layers(pair.a, build_id)
+    copy = pair.b.start(pair.app.name)
+    assert copy["restored"], copy
+    assert get(copy, "/version") == pair.answer
+    pair.b.stop(pair.app.name)
+    assert pair.b.deploy(pair.app.directory)["how"] == "reused"
+
+
+def test_the_next_build_begins_from_the_same_layers(pair: Pair) -> None:
+    """The stages below a changed file came along, so that it can be built without a base or an index."""
+    (pair.app.directory / "more.txt").write_text("more")
+    changed = pair.b.deploy(pair.app.directory)
+    assert (changed["how"], changed["in_region"]) == ("built", True), changed
+    assert _layers(pair.b, changed["build_id"])[:-1] == _layers(pair.a, pair.made["build_id"])[:-1]
+    assert pair.a.deploy(pair.app.directory)["how"] == "adopted"
+
+
+def test_what_is_removed_in_the_region_is_not_used_here(pair: Pair) -> None:
+    """Both nodes have it whole; it is removed on one of them."""
+    a, b, app = pair.a, pair.b, pair.app
+    (app.directory / "more.txt").unlink(missing_ok=True)
+    assert a.deploy(app.directory)["build_id"] == b.deploy(app.directory)["build_id"]
+    (row,) = b.checkpoints(app.name)
+    b.json("checkpoints", "pull", row["checkpoint_id"])
+    copy = b.start(app.name)
+    assert copy["restored"] and "store_bytes" not in copy["trace"], "it is here"
+    b.stop(app.name)
+    found = b.json("checkpoints", "inspect", row["checkpoint_id"])
+    assert found["would_be_used"], found
+    assert found["mappings"][0]["saved_bytes"] > 0 and found["region"]["stored_bytes"] > 0, found
+    a.run("checkpoints", "rm", row["checkpoint_id"])
+    explained = b.json("start", app.name, "--explain")
+    assert not explained["would_restore"] and "is removed in the region" in explained["reason"], explained
+    cold = b.start(app.name)
+    assert not cold["restored"], cold
+    answer = b.answer_of_post(cold["instance_id"])
+    assert answer["status"] == "created", "the next one is made, and not the old one taken for it"
+    until(lambda: b.checkpoints(app.name)[0]["where"] == ["local", "remote"], 60, b.log.read_text())
+    b.stop(app.name)
+
+
+def test_old_ones_go_by_count(pair: Pair) -> None:
+    a, b, app = pair.a, pair.b, pair.app
+    (app.directory / "main.py").write_text((app.directory / "main.py").read_text() + "\n")
+    b.deploy(app.directory)
+    newest = b.answer_of_post(b.start(app.name)["instance_id"])["checkpoint_id"]
+    until(
+        lambda: all(row["where"] == ["local", "remote"] for row in b.checkpoints(app.name)),
+        60,
+        b.log.read_text(),
+    )
+    assert len(a.checkpoints(app.name)) == 2
+    a.kill_node(signal.SIGTERM)
+    assert a.config is not None
+    a.config.write_text(a.config.read_text().replace("[region]", "keep_checkpoints = 1\n[region]"))
+    a.start_node()
+    until(lambda: len(a.checkpoints(app.name)) == 1, 60, a.log.read_text())
+    assert "is removed: adopted has 1 newer ones" in a.log.read_text()
+    assert [row["checkpoint_id"] for row in a.checkpoints(app.name)] == [newest]
+    b.stop(app.name)
+
+
+def test_an_app_goes_with_what_the_region_has_of_it(pair: Pair) -> None:
+    removed = pair.a.json("apps", "rm", pair.app.name)
+    assert removed["removed"], removed
+    objects = pair.a.state.parent / "localbucket" / "bucket" / "one"
+    assert list(objects.glob("build/*/*/*/*")) == []
+    assert not [
+        path for path in objects.glob("checkpoint/*/*/*/manifest") if not path.with_name("removed").exists()
+    ]
+    assert pair.b.json("checkpoints", "gc")["dry_run"]
 
 
 def _flip(path: Path) -> None:

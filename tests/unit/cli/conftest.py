@@ -123,7 +123,14 @@ def node(state: Path) -> Iterator[FakeNode]:
             "GET /v1/instances": lambda _: [INSTANCE],
             "GET /v1/apps": lambda _: [{"app": "hello", "build_id": "b-1", "instances": 1}],
             "GET /v1/checkpoints": lambda _: [CHECKPOINT],
-            "GET /v1/checkpoints/cp-1": lambda _: CHECKPOINT | {"processes": [{"pid": 1}]},
+            "GET /v1/checkpoints/cp-1": lambda _: (
+                CHECKPOINT
+                | {
+                    "processes": [{"pid": 1, "name": "python3", "memory_bytes": 5_000_000}],
+                    "mappings": [{"pid": 1, "what": "[heap]", "saved_bytes": 4_000_000}],
+                    "region": {"shared_percent": 95.0},
+                }
+            ),
             "POST /v1/checkpoints/cp-1/verify": lambda _: {"checkpoint_id": "cp-1", "ok": True},
             "DELETE /v1/checkpoints/cp-1": lambda _: {"removed": "cp-1"},
             "DELETE /v1/apps/hello": lambda _: {"removed": "hello"},

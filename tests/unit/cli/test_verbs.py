@@ -148,7 +148,10 @@ def test_checkpoints(node: Any, relume: Relume) -> None:
     assert "1.5 GB" in row
     assert relume("checkpoints", "ls", "-o", "json").json[0]["where"] == ["local", "remote"]
     shown = relume("checkpoints", "inspect", "cp-1").out
-    assert 'processes      [{"pid": 1}]' in shown
+    assert "python3 (pid 1) 5 MB" in shown
+    assert "[heap] (pid 1) 4 MB" in shown
+    assert "region_shared_percent  95.0" in shown
+    assert relume("checkpoints", "inspect", "cp-1", "-o", "json").json["processes"][0]["pid"] == 1
     assert relume("checkpoints", "verify", "cp-1").status == 0
     assert relume("checkpoints", "rm", "cp-1").status == 0
     assert "5 MB" in relume("checkpoints", "explain", "i-1").out

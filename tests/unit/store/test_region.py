@@ -296,6 +296,17 @@ def test_export_and_import(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: P
     assert published(b, checkpoint).generation > name.generation
 
 
+def test_standing(node: Nodes, checkpoint: LocalCheckpoint) -> None:
+    a, b = node("a"), node("b")
+    first = published(a, checkpoint)
+    assert b.standing(first) == "current"
+    second = published(a, checkpoint)
+    assert (b.standing(first), b.standing(second)) == ("superseded", "current")
+    a.remove(second)
+    assert b.standing(second) == "removed"
+    assert b.standing(CheckpointName("build-9", "x86-1", 1)) == "missing"
+
+
 def test_layers_and_builds(node: Nodes, tmp_path: Path) -> None:
     a, b = node("a"), node("b")
     layer = tmp_path / "layer.tar"
@@ -323,6 +334,21 @@ def test_the_newest_build_counts(node: Nodes, tmp_path: Path) -> None:
     record.unlink()
     with pytest.raises(Untrusted, match="this node has seen 2"):
         b.find_build("x", "i")
+
+
+def test_removing_an_app_removes_its_builds(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:
+    a, stranger = node("a"), node("stranger", key_file=None)
+    layer = tmp_path / "layer.tar"
+    layer.write_bytes(b"a layer" * 1000)
+    published(a, checkpoint)
+    foreign = published(stranger, dataclasses.replace(checkpoint, build="build-2"))
+    for app in ("an-app", "another"):
+        publish_build(a, app, "i", "d" * 64, layer)
+    assert len(a.remove_app("an-app")) == 1
+    assert a.remove_builds("an-app") == 1
+    assert a.find_build("an-app", "i") is None
+    assert a.find_build("another", "i") is not None
+    assert a.names() == [foreign], "what it cannot read is not its own to remove"
 
 
 def test_one_builder_at_a_time(node: Nodes, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ class Builds:
         self._builder = builder
         self._spawn = spawn
         self._pending: set[str] = set()
+        self._sending = asyncio.Lock()  # two builds have layers in common: the second finds them there
 
     async def bring(self, planned: Planned, *, fresh: bool, say: Say) -> Deployed:
         """The region's build of these inputs, or one made here. Raises BuildError, HostError or EngineError."""
@@ -139,11 +140,19 @@ class Builds:
     # --- publishing -------------------------------------------------------------------------------
 
     async def _publish(self, build: Build, lease: Lease, say: Say) -> None:
+        async with self._sending:
+            await self._send_and_say(build, lease, say)
+
+    async def _send_and_say(self, build: Build, lease: Lease, say: Say) -> None:
         progress = Progress()
         work = asyncio.ensure_future(asyncio.to_thread(self._send, build, lease, progress))
+        said = ""
         try:
             while not (await asyncio.wait([work], timeout=_SAY_S))[0]:
-                say(f"region: sending layers, {progress if progress.total else 'packing'}")
+                text = f"region: sending layers, {progress if progress.total else 'packing'}"
+                if text != said:
+                    say(text)
+                said = text
         finally:
             await asyncio.wait([work])
         work.result()

@@ -8,8 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from relume.build import Builder
+from relume.checkpoint import shelf as shelves
+from relume.checkpoint.platform import differences
 from relume.checkpoint.shelf import Shelf
-from relume.errors import NotFound, StoreError
+from relume.errors import NotFound, StoreError, Untrusted
+from relume.node.inspection import described, why_not_on
 from relume.node.region import folder
 from relume.node.region.view import View
 from relume.store import CheckpointName, Manifest
@@ -20,8 +24,9 @@ log = logging.getLogger(__name__)
 class Catalogue:
     """What the region has, for people."""
 
-    def __init__(self, view: View, shelf: Shelf) -> None:
+    def __init__(self, view: View, shelf: Shelf, builder: Builder) -> None:
         self._view = view
+        self._builder = builder
         self._shelf = shelf
 
     def published(self, checkpoint_id: str) -> CheckpointName | None:
@@ -54,29 +59,54 @@ class Catalogue:
         return rows
 
     def inspect(self, checkpoint_id: str) -> dict[str, Any]:
-        """``checkpoints inspect``: what the store knows of it. Raises NotFound, StoreError."""
+        """``checkpoints inspect`` of one that is not whole on this node. Raises NotFound, StoreError."""
         manifest = self._view.resolve(checkpoint_id)
-        name = manifest.name
-        refused = self._view.refused
-        reasons = (
-            [] if self._view.fits(manifest) else ["it was taken on a platform that does not fit this machine"]
-        )
+        name, refused = manifest.name, self._view.refused
+        try:
+            checkpoint = shelves.from_json(manifest.facts)
+        except (KeyError, TypeError) as error:
+            raise Untrusted(f"{name.id} has no usable record: {error!r}") from None
+        reasons = differences(checkpoint.platform, self._view.platform)
+        try:
+            build = self._builder.load(name.build)
+        except NotFound:
+            build = None
+        reasons += why_not_on(build, checkpoint, manifest.layers)
         if name.id in refused:
             reasons.append(f"quarantined: {refused[name.id]}")
-        return _row(name, manifest, "quarantined" if name.id in refused else "ready", ["remote"]) | {
-            "region": {
-                "name": name.id,
-                "node": manifest.node,
-                "signed_in_epoch": manifest.epoch,
-                "plain_bytes": manifest.sizes.plain,
-                "data_bytes": manifest.sizes.data,
-                "stored_bytes": manifest.sizes.stored,
-                "new_stored_bytes": manifest.sizes.new_stored,
-                "shared_percent": round(manifest.sizes.shared_percent, 1),
-            },
-            "processes": manifest.facts.get("processes", []),
-            "would_be_used": not reasons,
-            "why_not": reasons,
+        row = _row(name, manifest, "quarantined" if name.id in refused else "ready", ["remote"])
+        return (
+            row
+            | described(checkpoint)
+            | {"region": self._about(manifest), "would_be_used": not reasons, "why_not": reasons}
+        )
+
+    def about(self, checkpoint_id: str) -> dict[str, Any] | None:
+        """What the store has of one that lies here; None for one that is not published. Raises nothing."""
+        name = self.published(checkpoint_id)
+        try:
+            return None if name is None else self._about(self._view.manifest(name))
+        except StoreError as error:
+            return {"name": name.id if name else None, "error": error.message}
+
+    def _about(self, manifest: Manifest) -> dict[str, Any]:
+        """``stored_bytes`` is what a reader may fetch, ``new_stored_bytes`` what it added to the store: the rest,
+        ``shared_percent``, was there from other builds."""
+        sizes = manifest.sizes
+        return {
+            "name": manifest.name.id,
+            "node": manifest.node,
+            "signed_by": "this node's region"
+            if self._view.region.keyring.shared
+            else f"node {manifest.node}, by its own key",
+            "signed_in_epoch": manifest.epoch,
+            "layers": list(manifest.layers),
+            "plain_bytes": sizes.plain,
+            "data_bytes": sizes.data,
+            "stored_bytes": sizes.stored,
+            "new_stored_bytes": sizes.new_stored,
+            "shared_percent": round(sizes.shared_percent, 1),
+            "working_set_stored_bytes": self._view.starts.working_set_bytes(manifest.name),
         }
 
     def verify(self, checkpoint_id: str) -> dict[str, Any]:
@@ -100,9 +130,9 @@ class Catalogue:
         self._shelf.unlink(checkpoint_id)
         return True
 
-    def remove_app(self, app: str) -> None:
-        """Remove every checkpoint of an app from the region. Raises StoreError."""
-        self._view.region.remove_app(app)
+    def remove_app(self, app: str) -> int:
+        """Remove every checkpoint and build of an app from the region; how many there were. Raises StoreError."""
+        return len(self._view.region.remove_app(app)) + self._view.region.remove_builds(app)
 
     def collect(self, *, delete: bool) -> dict[str, Any]:
         """Garbage collection. Raises Conflict, StoreError."""
@@ -133,6 +163,7 @@ def _row(name: CheckpointName, manifest: Manifest | None, state: str, where: lis
         "checkpoint_id": facts.get("checkpoint_id", name.id),
         "app": manifest.app if manifest else None,
         "build_id": name.build,
+        "platform": name.platform,
         "state": state,
         "where": where,
         "upload": None,

@@ -21,11 +21,13 @@ from relume.node.region import folder
 from relume.node.region.learned import Learned
 from relume.node.region.view import View
 from relume.pager.job import Remote
-from relume.store import CheckpointName, Fetched
+from relume.store import CheckpointName, Fetched, Pin
 
 log = logging.getLogger(__name__)
 
 _WATCH_S = 60.0
+_RECHECK_S = 2.0
+"""What a start that has its checkpoint here waits for the region's word on it."""
 _ENGINE_FAILURES = 2
 
 Spawn = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -71,6 +73,40 @@ class Copies:
             if entry.complete:
                 self._link(entry.directory)
 
+    # --- those that are here ----------------------------------------------------------------------
+
+    async def gone(self, checkpoint_id: str) -> str | None:
+        """Why a published checkpoint on this disk must not be used any more; None where it may.
+
+        What was removed or superseded in the region is not used from now on, and not kept where it came from there.
+        A store that does not answer soon keeps no start from what lies here.
+        """
+        name = folder.published(self._shelf.directory(checkpoint_id))
+        if name is None:
+            return None
+        try:
+            async with asyncio.timeout(_RECHECK_S):
+                standing = await asyncio.to_thread(self._view.starts.standing, name)
+        except (StoreError, TimeoutError):
+            log.warning("%s is used without a word of the region: its store does not answer", name.id)
+            return None
+        if standing == "current":
+            return None
+        reason = f"checkpoint {checkpoint_id} is {standing} in the region"
+        log.warning("%s: it is not used here any more", reason)
+        self._shelf.set_aside(checkpoint_id, reason)
+        if self._shelf.directory(checkpoint_id).parent != self._shelf.root:
+            self._shelf.unlink(checkpoint_id)
+            await asyncio.to_thread(self._view.region.cache.evict, name.id)
+        return reason
+
+    def pin(self, checkpoint_id: str) -> Pin | None:
+        """Keep one that lies in the cache from eviction, and count it as used now; None for any other."""
+        directory = self._shelf.directory(checkpoint_id)
+        if directory.parent != self._view.region.cache.root:
+            return None
+        return self._view.region.cache.pin(directory.name)
+
     # --- for a start ------------------------------------------------------------------------------
 
     async def find(self, build: Build) -> tuple[str | None, Copy | None]:
@@ -89,7 +125,7 @@ class Copies:
         bytes_before, requests_before = counters.bytes_read, counters.requests
         manifest = view.find(build.build_id, view.starts)
         if manifest is None:
-            return None, None
+            return self._none_fits(build), None
         name = manifest.name
         if name.id in view.refused:
             return f"checkpoint {name.id} of the region is quarantined: {view.refused[name.id]}", None
@@ -136,10 +172,19 @@ class Copies:
         except RelumeError as error:
             return f"the region's store: {error.message}", None
         if manifest is None:
-            return None, None
+            return self._none_fits(build), None
+        if manifest.layers != tuple(layer.digest for layer in build.layers):
+            return f"checkpoint {manifest.name.id} of the region was taken on other layers", None
         if manifest.name.id in self._view.refused:
             return f"the region's is quarantined: {self._view.refused[manifest.name.id]}", None
         return None, str(manifest.facts.get("checkpoint_id", manifest.name.id))
+
+    def _none_fits(self, build: Build) -> str | None:
+        try:
+            unfit = self._view.why_unfit(build.build_id)
+        except StoreError:
+            return None
+        return f"the region's checkpoint does not fit this machine: {unfit}" if unfit else None
 
     def finish(self, copy: Copy) -> None:
         """The instance needs the store no more: bring the rest, so that the next start is local. In the background."""

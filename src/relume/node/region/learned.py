@@ -10,7 +10,7 @@ from pathlib import Path
 
 from relume.checkpoint.shelf import Shelf
 from relume.errors import RelumeError
-from relume.images import PAGE_SIZE, Pagemap, read_image, read_pagemap
+from relume.images import PAGE_SIZE, Pagemap, pages_sizes, read_image, read_pagemap
 from relume.node.region import folder
 from relume.node.region.view import View
 from relume.pager import working_set
@@ -44,7 +44,7 @@ class Learned:
     def publish(self, manifest: Manifest, directory: Path) -> None:
         """Publish what was learned of a checkpoint that is whole in ``directory``. Raises StoreError, OSError."""
         images = directory / "images"
-        learned, _ = working_set.load(directory / "working-set", _image_sizes(images))
+        learned, _ = working_set.load(directory / "working-set", pages_sizes(images))
         if learned is None or not learned.pieces:
             return
         before = folder.read_mark(directory).get("working_set_bytes")
@@ -60,7 +60,7 @@ class Learned:
         file = fetched.directory / "working-set"
         if file.exists() or fetched.pages.working_set is None:
             return
-        sizes = _image_sizes(fetched.images)
+        sizes = pages_sizes(fetched.images)
         pieces = tuple(
             Piece(number, run.first * PAGE_SIZE, run.pages * PAGE_SIZE)
             for run in fetched.pages.working_set
@@ -69,11 +69,6 @@ class Learned:
         learned = WorkingSet(sizes, pieces)
         working_set.save(file, learned)
         folder.mark(fetched.directory, fetched.manifest.name, working_set_bytes=learned.total)
-
-
-def _image_sizes(images: Path) -> dict[int, int]:
-    """As the pager counts them: bytes of each pages file, by its number."""
-    return {pagemap.pages_id: pagemap.pages_bytes for pagemap in _pagemaps(images)}
 
 
 def _runs(images: Path, learned: WorkingSet) -> list[PageRun]:

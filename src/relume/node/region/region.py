@@ -18,7 +18,7 @@ from relume.node.region.copies import Copies
 from relume.node.region.learned import Learned
 from relume.node.region.uploads import Spawn, Uploads
 from relume.node.region.view import View
-from relume.store import RegionConfig
+from relume.store import Limits, RegionConfig
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +43,18 @@ class NodeRegion:
         self._spawn = spawn
         self._prefetching = config.region.prefetch
         settings = RegionConfig(
-            url=config.store.url, key_file=config.key_file, cache_bytes=config.store.max_cache_bytes
+            url=config.store.url,
+            key_file=config.key_file,
+            cache_bytes=config.store.max_cache_bytes,
+            limits=Limits(config.store.parallel, config.store.max_upload_bytes_per_second),
+            grace_s=config.store.gc_grace_hours * 3600,
         )
         self._view = View(settings, state, node_id, platform, start_wait_s=config.region.start_wait_s)
         self._learned = Learned(self._view, shelf)
         self.uploads = Uploads(self._view, self._learned, shelf, builder, spawn)
         self.copies = Copies(self._view, self._learned, shelf, spawn, fault_wait_s=config.region.fault_wait_s)
         self.builds = Builds(self._view, builder, spawn)
-        self.catalogue = Catalogue(self._view, shelf)
+        self.catalogue = Catalogue(self._view, shelf, builder)
 
     async def open(self, deployed: Iterable[Build]) -> None:
         """Clean up, prove the store, take up what was left undone; ``deployed`` are the builds in use here.

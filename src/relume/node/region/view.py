@@ -70,6 +70,15 @@ class View:
         self.foreign.pop(build_id, None)
         return found
 
+    def why_unfit(self, build_id: str) -> str | None:
+        """Why none of the region's checkpoints of a build fits this machine; None where there is none."""
+        reasons = []
+        for name in self.starts.names(build_id):
+            with contextlib.suppress(Untrusted, KeyError, TypeError):
+                taken_on = Platform.from_json(self.manifest(name).facts["platform"])
+                reasons += differences(taken_on, self.platform)
+        return "; ".join(dict.fromkeys(reasons)) or None
+
     def fits(self, manifest: Manifest) -> bool:
         try:
             return not differences(Platform.from_json(manifest.facts["platform"]), self.platform)
