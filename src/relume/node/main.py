@@ -43,6 +43,10 @@ async def _serve(config: NodeConfig, state: Path) -> None:
         await runner.cleanup()
     finally:
         await node.close()
+    # A thread may still wait for a store that does not answer. Whatever it does may be cut short anywhere, as by a
+    # power failure; waiting for it would hold up a machine that shuts down.
+    logging.shutdown()
+    os._exit(0)
 
 
 def _listener(path: Path) -> socket.socket:

@@ -57,7 +57,7 @@ class Builds:
                 return await self._alone(planned, reason, say)
             kept = contextlib.ExitStack()
             try:
-                lease = await asyncio.to_thread(self._lease, planned.inputs, kept)
+                lease = await self._leased(planned.inputs, kept)
             except Conflict:
                 if not waiting:
                     say("another node builds the same: waiting for it")
@@ -80,6 +80,16 @@ class Builds:
         except StoreError as error:
             return None, _why_not(error)
         return found, None
+
+    async def _leased(self, inputs: str, kept: contextlib.ExitStack) -> Lease:
+        """The lease, renewed until ``kept`` is closed; a caller that goes away in the middle leaves none."""
+        taking = asyncio.ensure_future(asyncio.to_thread(self._lease, inputs, kept))
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            loop = asyncio.get_running_loop()
+            taking.add_done_callback(lambda _: loop.run_in_executor(None, kept.close))
+            raise
 
     def _lease(self, inputs: str, kept: contextlib.ExitStack) -> Lease:
         self._view.prove()
@@ -203,7 +213,7 @@ class Builds:
                         build.app,
                     )
                 return True
-            lease = await asyncio.to_thread(self._lease, build.inputs_digest, kept)
+            lease = await self._leased(build.inputs_digest, kept)
             await self._publish(build, lease, log.info)
         except Untrusted as error:
             log.warning("build %s is not published: %s", build.build_id, error.message)
