@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 from relume.errors import Conflict, HostError
@@ -17,6 +18,9 @@ log = logging.getLogger(__name__)
 
 _OF_EVERY_START = ("unshare", "sh", "tar", "pasta")
 """Beside runc and CRIU (relume.engine)."""
+
+_MOUNT_ROOT_S = 3600.0
+"""Seconds after which no restore is still going on."""
 
 _USERFAULTFD = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
@@ -36,6 +40,7 @@ def prepare(places: Places, *, allow_userfaultfd: bool) -> bool:
     for name in ("instances", "persistent", "secrets"):
         (places.state / name).mkdir(mode=0o700, exist_ok=True)
     _prepare_kdat()
+    _sweep_mount_roots(Path("/tmp"), time.time())
     return allow_userfaultfd and _allow_userfaultfd()
 
 
@@ -78,6 +83,17 @@ def _prepare_kdat() -> None:
         (KDAT_DIRECTORY / "criu.kdat.tmp").unlink(missing_ok=True)
     except OSError as error:
         log.warning("no cache for CRIU in %s: %s", KDAT_DIRECTORY, error)
+
+
+def _sweep_mount_roots(place: Path, now: float) -> None:
+    """Empty folders in which a CRIU that was killed had put its mounts together (criu/mount-v2.c), in a mount
+    namespace of its own that is gone with it. Only old ones: removing one in use would take its mounts away."""
+    for directory in place.glob(".criu.mntns.??????"):
+        try:
+            if now - directory.lstat().st_mtime > _MOUNT_ROOT_S:
+                directory.rmdir()
+        except OSError:
+            continue
 
 
 def _allow_userfaultfd() -> bool:
