@@ -87,6 +87,7 @@ class Criu:
         """The host id of root inside: it gets the pipes of stdio, so that /dev/stderr can be opened again."""
         self.timeline: dict[str, float] = {}
         self._coming: asyncio.subprocess.Process | None = None
+        self._dumping: asyncio.subprocess.Process | None = None
         self._doomed = False
 
     def _environment(self) -> dict[str, str]:
@@ -229,7 +230,9 @@ class Criu:
             copying = asyncio.create_task(self._copy_held(gate, job))
             late = asyncio.create_task(self._thaw_after(job.timeout, command))
             killed = asyncio.create_task(self._end_when_killed(command))
+            self._dumping = command
             code = await command.wait()
+            _end_session(command)  # a CRIU that runc has left behind
             late.cancel()
             victim = killed.result() if killed.done() else ""
             killed.cancel()
@@ -237,6 +240,7 @@ class Criu:
                 copying.cancel()
             result = await asyncio.gather(copying, return_exceptions=True)
         finally:
+            self._dumping = None
             gate.close()
             await asyncio.to_thread(self._let_go, mend=code != 0)
         dumped = self._dump_result(job, code, result[0], time.monotonic() - started)
@@ -288,11 +292,11 @@ class Criu:
         taken note of each of its threads. For the same reason neither its parent nor a pidfd hears of that end,
         so /proc is looked at. The others go on: CRIU's code in them leaves when its socket to CRIU closes.
         """
-        seen: set[int] = set()
+        seen = {self.pid}  # one that is killed at once is in no list of the group any more
         waited_for: set[int] = set()
         while True:
-            await asyncio.sleep(_KILLED_PAUSE)
             seen.update(cgroup.processes(self._container.cgroup))  # which lists no dead ones
+            await asyncio.sleep(_KILLED_PAUSE)
             dead = {pid for pid in seen if process.exiting(pid) and process.traced(pid)}
             if both := dead & waited_for:  # CRIU takes note by itself, mostly
                 pid = min(both)
@@ -346,9 +350,11 @@ class Criu:
         return 128 - code if code < 0 else code
 
     async def kill(self) -> None:
-        """End the container, or a boot or restore that is going on; who waits for these hears of it."""
+        """End the container, or a boot, restore or dump that is going on; who waits for these hears of it."""
         self._doomed = True
         self._end_coming()
+        if self._dumping is not None:
+            _end_session(self._dumping)  # it would wait for ever for the end of what it has hold of
         await asyncio.to_thread(cgroup.kill, self._container.cgroup)
 
     def _end_coming(self) -> None:
