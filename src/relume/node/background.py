@@ -11,6 +11,8 @@ from relume.errors import RelumeError
 
 log = logging.getLogger(__name__)
 
+_PATIENCE = 5.0
+
 
 class Background:
     """Keeps tasks alive (asyncio itself refers to them only weakly); what one raises is logged."""
@@ -31,10 +33,19 @@ class Background:
         task.add_done_callback(_report)
 
     async def close(self) -> None:
-        """Cancel what still goes on, and wait for that."""
+        """Cancel what still goes on, and wait for that; not for ever, since some of it waits for a store.
+
+        What is left then ends with the process, as it would in a power failure: the next run takes it up.
+        """
+        if not self._tasks:
+            return
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        _, left = await asyncio.wait(self._tasks, timeout=_PATIENCE)
+        if left:
+            log.warning(
+                "%d pieces of background work did not end in %.0f s, and are cut", len(left), _PATIENCE
+            )
 
 
 def _report(task: asyncio.Task[Any]) -> None:
