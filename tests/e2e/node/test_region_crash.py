@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(900)  # on a busy machine a node takes long to 
 
 DOOMED = Path(__file__).with_name("doomed_node.py")
 
-UPLOAD = ("publish.begin", "publish.chunk", "publish.index", "publish.images", "publish.manifest")
+UPLOAD = ("publish.manifest", "publish.begin", "publish.chunk", "publish.index", "publish.images")
 LEARNED = ("working_set.part", "working_set.list")
 COLLECTION = ("gc.manifest", "gc.object", "gc.chunk")
 FETCH = ("fetch.unpacked", "fetch.entered", "fetch.chunk", "fetch.complete")
@@ -107,7 +107,7 @@ def working_sets(region: Region) -> int:
     return len(list(region.objects("crash").glob("working-set/*/*/*/*/list")))
 
 
-@pytest.mark.parametrize("point", UPLOAD)
+@pytest.mark.parametrize("point", _sampled(UPLOAD))
 def test_killed_in_an_upload(maker: Relume, region: Region, point: str) -> None:
     with doomed(maker, point, 5 if point == "publish.chunk" else 1):
         maker.run("start", region.app.name, check=False)  # the node may be gone before it answers

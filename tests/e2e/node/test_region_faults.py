@@ -21,8 +21,14 @@ from harness import Relume, get, until
 
 pytestmark = pytest.mark.timeout(900)  # on a busy machine; seconds on one at rest
 
-SENDING = ("latency", "500", "503", "reset-request", "lost-answer")
-READING = ("latency", "500", "503", "reset", "truncate", "slow")
+
+def also_slow(*faults: str) -> list[Any]:
+    """Half a minute each, and much alike: with `script/test --all`."""
+    return [pytest.param(fault, marks=pytest.mark.slow) for fault in faults]
+
+
+SENDING = ["503", "lost-answer", *also_slow("latency", "500", "reset-request")]
+READING = ["reset", "truncate", *also_slow("latency", "500", "503", "slow")]
 
 Faulty = tuple[servers.FaultProxy, Relume]
 
