@@ -317,7 +317,9 @@ async def test_cancelling_ends_the_commands(builder: Builder, write: Write) -> N
 
     task = asyncio.create_task(builder.build(app, load_app(app), progress=progress))
     await asyncio.wait_for(started.wait(), 120)
-    assert _running("4711")
+    async with asyncio.timeout(20):
+        while not _running("4711"):  # noqa: ASYNC110  (it says so before it becomes the command)
+            await asyncio.sleep(0.02)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
