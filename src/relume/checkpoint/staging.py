@@ -1,6 +1,6 @@
 """Where a dump is written while the app stands still: the disk's page cache, or memory and the disk afterwards.
 
-A write to a file is a copy into the page cache, faster than into a tmpfs (docs/bench.md), until too much of the cache
+A write to a file is a copy into the page cache, as fast as into memory by any other name, until too much of the cache
 waits for the disk: then the kernel makes the writer wait for it (balance_dirty_pages, mm/page-writeback.c), and the
 app stands still at the disk's speed. Half way between vm.dirty_background_ratio and vm.dirty_ratio that begins; a few
 GB, less what waits already. So a dump that fits below goes to the disk at once; a larger one goes to a tmpfs where the
