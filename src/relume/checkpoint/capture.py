@@ -40,7 +40,7 @@ from relume.errors import (
 from relume.images import integrity, lazy_bytes
 from relume.images.mappings import saved_by_mapping
 from relume.keeper.client import Keeper
-from relume.linux import cgroup, proc
+from relume.linux import cgroup, memory, proc
 
 log = logging.getLogger(__name__)
 
@@ -286,7 +286,7 @@ class Capturer:
                     cgroup.processes(subject.cgroup),
                     memory_limit=subject.memory_limit,
                     host_bytes=cgroup.memory(subject.cgroup)[0],
-                    available_bytes=_available_memory(),
+                    available_bytes=memory.machine().available,
                 )
             except GpuError as error:
                 return _gpu_failed(subject, error)
@@ -314,7 +314,7 @@ class Capturer:
                 needed_bytes=expected + _HEADROOM,
                 free_bytes=free,
             )
-        available = _available_memory()
+        available = memory.machine().available
         if available < _HEADROOM:
             return _answer(
                 subject,
@@ -497,11 +497,3 @@ def _mounted(subject: Subject) -> set[str]:
 
 def _free(shelf: Shelf) -> int:
     return shutil.disk_usage(shelf.root).free
-
-
-def _available_memory() -> int:
-    """MemAvailable of /proc/meminfo, in bytes."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0

@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from relume.linux import mounts
+from relume.linux import memory, mounts
 
 Policy = Literal["auto", "always", "never"]
 
@@ -44,11 +44,12 @@ class Room:
 
 def measure() -> Room:
     """The machine's room at this moment (/proc/vmstat, /proc/meminfo)."""
-    pages = _numbers(Path("/proc/vmstat"))
-    memory = _numbers(Path("/proc/meminfo"))
+    vmstat = (line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    pages = {name: int(count) for name, count in vmstat}
+    there = memory.machine()
     begins = (pages["nr_dirty_threshold"] + pages["nr_dirty_background_threshold"]) // 2
     waiting = pages["nr_dirty"] + pages["nr_writeback"]
-    return Room((begins - waiting) * _PAGE, memory["MemAvailable:"] * 1024, memory["MemTotal:"] * 1024)
+    return Room((begins - waiting) * _PAGE, there.available, there.total)
 
 
 def wanted(expected: int, room: Room, policy: Policy = "auto") -> bool:
@@ -94,9 +95,3 @@ def drop(directory: Path) -> None:
 
 def _size(expected: int) -> int:
     return round(expected * _SLACK) + _SMALL
-
-
-def _numbers(path: Path) -> dict[str, int]:
-    return {
-        words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1
-    }

@@ -9,12 +9,12 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relume.cli.arguments import Parser
 from relume.cli.render import Screen, size
 from relume.errors import BadRequest, HostError, RelumeError
+from relume.linux import memory
 
 if TYPE_CHECKING:
     from relume.cli.benchmark.own_node import OwnNode
@@ -176,8 +176,7 @@ def _clones(
 
 def _require_memory(held: int, name: str) -> None:
     """Raises HostError where the workload would push the machine, and what else runs on it, out of memory."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    available = memory.machine().available
     if (needed := round(held * _ROOM)) > available:
         raise HostError(
             f"{name} needs {size(needed)} of memory and {size(available)} are available",

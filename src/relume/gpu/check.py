@@ -35,6 +35,7 @@ from relume.gpu.driver import MIN_DRIVER_REMAP
 from relume.gpu.nvml import Machine
 from relume.gpu.platform import cuda_text
 from relume.gpu.story import GpuCheckpointer, Resumed, Suspended
+from relume.linux import memory
 
 GIB: Final = 1 << 30
 REGISTERED: Final = 16 << 20
@@ -257,10 +258,8 @@ async def _container(
 
 def _size(machine: Machine) -> int:
     """Half of the first GPU's free memory, a quarter of the host's, 8 GiB at most."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(lines["MemAvailable"].split()[0]) * 1024
     free = machine.gpus[0].free_bytes if machine.gpus else GIB
-    return min(8 * GIB, free // 2, available // 4)
+    return min(8 * GIB, free // 2, memory.machine().available // 4)
 
 
 def main() -> None:

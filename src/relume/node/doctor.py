@@ -23,7 +23,7 @@ from pathlib import Path
 
 from relume.engine.network import pasta
 from relume.errors import HostError
-from relume.linux import cgroup, mounts, syscall, userfaultfd
+from relume.linux import cgroup, memory, mounts, syscall, userfaultfd
 from relume.node.places import KDAT_DIRECTORY
 from relume.runc.command import find_criu, find_runc
 
@@ -292,11 +292,9 @@ def _disk(state: Path, place: Path) -> Finding:
 
 
 def _memory() -> Finding:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    fields = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
-    available = fields["MemAvailable"]
-    detail = f"{available / 1e9:.1f} of {fields['MemTotal'] / 1e9:.1f} GB available"
-    if available >= _LOW_MEMORY:
+    there = memory.machine()
+    detail = f"{there.available / 1e9:.1f} of {there.total / 1e9:.1f} GB available"
+    if there.available >= _LOW_MEMORY:
         return Finding("memory", True, detail)
     return Finding("memory", None, detail, "stop something, or start fewer instances")
 

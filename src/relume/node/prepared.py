@@ -15,12 +15,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Protocol
 
 from relume.build import Build
 from relume.checkpoint.shelf import Checkpoint
 from relume.errors import RelumeError
+from relume.linux import memory
 from relume.node.instance import Instance
 
 log = logging.getLogger(__name__)
@@ -138,8 +138,5 @@ def _wished(build: Build) -> int:
 
 
 def _memory_is_scarce() -> bool:
-    sizes = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        sizes[name] = int(rest.split()[0])
-    return sizes["MemAvailable"] < _LEAST_MEMORY * sizes["MemTotal"]
+    there = memory.machine()
+    return there.available < _LEAST_MEMORY * there.total

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from relume.linux import cgroup
+from relume.linux import cgroup, memory
 
 MARGIN_BYTES = 64 << 20
 """What is always left to the app, besides 5 % of its limit."""
@@ -25,7 +25,7 @@ def available(group: str | None) -> int:
 
     Negative when there is less than the margin.
     """
-    room = _machine() - MARGIN_BYTES
+    room = memory.machine().available - MARGIN_BYTES
     if group is not None:
         for name in _upwards(group):
             for directory in cgroup.directories(name):
@@ -50,10 +50,6 @@ def _used_and_limit(directory: Path) -> Iterator[tuple[int, int]]:
             yield int((directory / used).read_text()) - droppable, int(bound)
         except OSError:
             continue  # not a memory hierarchy, or the group has just been removed
-
-
-def _machine() -> int:
-    return _field(Path("/proc/meminfo"), "MemAvailable:") * 1024
 
 
 def _field(path: Path, name: str) -> int:
