@@ -68,7 +68,7 @@ class Criu:
     ) -> None:
         """``sink`` gets what it prints; ``on_network`` gets the sidecar's listener as soon as there is one.
 
-        ``pager`` waits for its job; without one it is started when it is needed.
+        ``pager`` waits for its job, should the container be restored; there is one restore at most.
         """
         self._container = container
         self._runc = Runc(Path(container.runc), Path(container.runc_root), Path(container.criu))
@@ -80,7 +80,6 @@ class Criu:
         tmpfs.install(self._directory / "bin")
         self._stdio: Stdio | None = None
         self.pager: PagerProcess | LazyPages | None = pager
-        self._making_pager = asyncio.Lock()
         self.network: Network | None = None
         self.pid = 0
         self.owner = 0
@@ -93,15 +92,9 @@ class Criu:
     def _environment(self) -> dict[str, str]:
         return tmpfs.environment(self._runc.environment(), self._directory / "bin")
 
-    async def warm_up(self) -> None:
-        """Start what a restore will need and what takes time to start."""
-        async with self._making_pager:
-            if self.pager is None:
-                self.pager = await PagerProcess.spawn()
-
     async def boot(self) -> int:
         """``runc run``; returns the host pid of the container's init."""
-        await self._drop_pager()
+        await self.drop_pager()
         return await self._bring_up(["run", "--detach"], wait_for_way_out=True)
 
     async def restore(self, job: RestoreJob) -> int:
@@ -113,7 +106,7 @@ class Criu:
             await self._page(job.pager)
             arguments.append("--lazy-pages")
         else:
-            await self._drop_pager()
+            await self.drop_pager()
         pid = await self._bring_up(arguments, wait_for_way_out=job.needs_network)
         if job.affinity:
             affinity.apply(cgroup.processes(self._container.cgroup), job.affinity)
@@ -121,9 +114,8 @@ class Criu:
 
     async def _page(self, job: dict[str, Any]) -> None:
         if job.get("daemon") == DAEMON:
-            await self._drop_pager()
+            await self.drop_pager()
             self.pager = await LazyPages.spawn(Path(self._container.criu), job)
-        await self.warm_up()
         assert self.pager is not None
         self.pager.on_death = self._pager_died
         await self.pager.listen(job)
@@ -133,11 +125,11 @@ class Criu:
         """Pager and holder are gone, and with them the last descriptors: no page may be served as zeros."""
         cgroup.kill(self._container.cgroup)
 
-    async def _drop_pager(self) -> None:
-        async with self._making_pager:
-            if self.pager is not None:
-                await self.pager.close()
-                self.pager = None
+    async def drop_pager(self) -> None:
+        """End the pager, if there is one still, and take note of its end."""
+        pager, self.pager = self.pager, None
+        if pager is not None:
+            await pager.close()
 
     async def _bring_up(self, arguments: list[str], *, wait_for_way_out: bool) -> int:
         pid_file = self._directory / "pid"
@@ -365,7 +357,7 @@ class Criu:
     async def close(self) -> None:
         """End what is left of it: stray processes, pasta, the hook's FIFOs."""
         await asyncio.to_thread(cgroup.kill, self._container.cgroup)
-        await self._drop_pager()
+        await self.drop_pager()
         if self.network is not None:
             await self.network.close()
         self._hook.close()

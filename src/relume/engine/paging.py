@@ -1,4 +1,4 @@
-"""The pager of one restored container, seen from its keeper: started ahead of need, given its job, heard.
+"""The pager of one restored container, seen from its keeper: forked ahead of need, given its job, heard.
 
 The pager's holder is a child of the keeper. If it ends while the instance needs it, the instance is killed. Until
 then the keeper keeps the kernel from giving zero pages: it has a duplicate of every userfaultfd, which the pager
@@ -12,9 +12,8 @@ import json
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from relume.errors import PagerError
 from relume.linux import process
@@ -30,46 +29,16 @@ _LAST_WORDS = 10.0
 OnEvent = Callable[[dict[str, Any]], None]
 
 
-class Child(Protocol):
-    """A process of ours, as asyncio's subprocesses are."""
-
-    async def wait(self) -> int:
-        """Return when it has ended: its exit status, or the signal that ended it, negative."""
-
-    def kill(self) -> None:
-        """SIGKILL."""
-
-
-class _Forked:
-    """A child that was forked, not made by asyncio."""
-
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self._ended = False
-        self._code = 0
-
-    async def wait(self) -> int:
-        if not self._ended:
-            await process.ended(self._pid)
-        if not self._ended:  # nobody else has waited meanwhile; from now on the pid may be another's
-            self._ended = True
-            _, status = os.waitpid(self._pid, os.WNOHANG)  # noqa: ASYNC222  (it has ended)
-            self._code = os.waitstatus_to_exitcode(status)
-        return self._code
-
-    def kill(self) -> None:
-        if not self._ended:
-            process.send(self._pid, signal.SIGKILL)
-
-
 class PagerProcess:
     """One pager. Its events (relume.pager.job) go to ``on_event``."""
 
-    def __init__(self, child: Child, control: socket.socket, keeps: socket.socket) -> None:
-        self._process = child
+    def __init__(self, pid: int, control: socket.socket, keeps: socket.socket) -> None:
+        """``pid`` is a child of ours, which waits for its job at the other end of ``control``."""
+        self._pid = pid
+        self._code: int | None = None
+        """How it ended; from then on the pid may be another's."""
         self._kept = Kept(keeps)
         self._control = control
-        self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._listening = asyncio.Event()
         self._done = False
@@ -79,32 +48,12 @@ class PagerProcess:
         self.on_event: OnEvent = lambda event: None
         self.on_death: Callable[[], None] = lambda: None
 
-    @classmethod
-    async def spawn(cls) -> PagerProcess:
-        """Start one that waits for its job: for a keeper that was not forked with one."""
-        ours, theirs = socket.socketpair()
-        keeps, gives = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, gives:
-            child = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "relume.pager"),
-                *("--control", str(theirs.fileno()), "--keep", str(gives.fileno())),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), gives.fileno()),
-            )
-        return cls(child, ours, keeps)
-
-    @classmethod
-    def of_child(cls, pid: int, control: socket.socket, keeps: socket.socket) -> PagerProcess:
-        """One that was forked, and waits for its job at the other end of ``control``."""
-        return cls(_Forked(pid), control, keeps)
-
     async def listen(self, job: dict[str, Any]) -> None:
         """Give it its job; returns when CRIU may be started. Raises PagerError."""
         self._armed = True
         asyncio.get_running_loop().add_reader(self._kept.socket, self._keep)
-        self._reader, self._writer = await asyncio.open_connection(sock=self._control)
-        self._reading = asyncio.create_task(self._read(self._reader))
+        reader, self._writer = await asyncio.open_connection(sock=self._control)
+        self._reading = asyncio.create_task(self._read(reader))
         self._writer.write(json.dumps(job).encode() + b"\n")
         patience = _PATIENCE_WITH_STORE if job.get("remote") else _PATIENCE
         waits = {asyncio.create_task(self._listening.wait()), self._reading}
@@ -128,7 +77,7 @@ class PagerProcess:
                 case "failed":
                     self._done = True  # the holder has killed the instance before it said so
             self.on_event(event)
-        code = await self._process.wait()
+        code = await self._ended()
         if self._done or self._closing:
             self._let_go()
             return
@@ -149,6 +98,15 @@ class PagerProcess:
             asyncio.get_running_loop().remove_reader(self._kept.socket)
             self._kept.close()
 
+    async def _ended(self) -> int:
+        """Its exit status, or the signal that ended it, negative."""
+        if self._code is None:
+            await process.ended(self._pid)
+        if self._code is None:  # nobody else has waited meanwhile
+            _, status = os.waitpid(self._pid, os.WNOHANG)  # noqa: ASYNC222  (it has ended)
+            self._code = os.waitstatus_to_exitcode(status)
+        return self._code
+
     async def close(self) -> None:
         """End it: one that was never needed, or whose instance is gone, perhaps because of it."""
         if self._writer is not None and self._reading is not None and not self._done:
@@ -162,10 +120,10 @@ class PagerProcess:
             self._control.close()
         try:
             async with asyncio.timeout(2):
-                await self._process.wait()
+                await self._ended()
         except TimeoutError:
-            self._process.kill()
-            await self._process.wait()
+            process.send(self._pid, signal.SIGKILL)
+            await self._ended()
         if self._reading is not None:
             self._reading.cancel()
         self._let_go()

@@ -19,11 +19,10 @@ from setproctitle import setproctitle
 from relume.engine.jobs import Container
 from relume.engine.paging import PagerProcess
 from relume.keeper import zygote
+from relume.keeper.client import SOCKET
 from relume.keeper.server import Server
 from relume.linux import process
 from relume.pager import main as pager
-
-SOCKET = "keeper.sock"
 
 
 def main() -> None:
@@ -50,7 +49,7 @@ def become_keeper(container: Container) -> NoReturn:
     gives.close()
     os.umask(0o022)  # runc makes cgroups and mount points, and the mapped root must be able to look at them
     process.become_subreaper()
-    waiting = PagerProcess.of_child(pid, ours, keeps)
+    waiting = PagerProcess(pid, ours, keeps)
     asyncio.run(Server(container, Path(container.runtime) / SOCKET, waiting).run())
     os._exit(0)
 

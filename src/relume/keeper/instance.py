@@ -93,10 +93,6 @@ class Instance:
         self.phase = "assigned"
         return self.published.port
 
-    async def warm_up(self) -> None:
-        """Start ahead of need what a restore takes time to start."""
-        await self._engine.warm_up()
-
     async def boot(self) -> dict[str, Any]:
         """Boot the container; returns its pid and the times of the stages."""
         return await self._bring_up(self._engine.boot())
@@ -104,7 +100,6 @@ class Instance:
     async def restore(self, job: RestoreJob) -> dict[str, Any]:
         """Restore the container; returns its pid and the times of the stages."""
         if job.pager is not None:
-            await self._engine.warm_up()
             assert self._engine.pager is not None
             self._engine.pager.on_event = self._pager_told
         self._stopped = job.stopped
@@ -193,6 +188,10 @@ class Instance:
                     await self.over.wait()
                 async with self._frozen:
                     pass
+
+    async def close(self) -> None:
+        """End what was forked with us and never needed; it would be a zombie of whoever adopts orphans."""
+        await self._engine.drop_pager()
 
     def facts(self) -> dict[str, Any]:
         """Everything a node that has just (re)connected must know."""

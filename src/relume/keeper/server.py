@@ -44,7 +44,6 @@ class Server:
         """Serve until the instance is over or, before it has a container, until the node is gone."""
         server = await asyncio.start_unix_server(self._connected, self._path, limit=wire.LINE_LIMIT)
         self._path.chmod(0o600)
-        await self._instance.warm_up()
         alone = 0.0
         while not self._over.is_set():
             with contextlib.suppress(TimeoutError):
@@ -60,6 +59,7 @@ class Server:
         server.close()
         if self._writer is not None:
             self._writer.close()
+        await self._instance.close()
 
     def _notify(self, event: dict[str, Any]) -> None:
         if self._writer is not None:

@@ -50,9 +50,6 @@ class FakeEngine:
         self.boot_error = ""
         FakeEngine.newest = self
 
-    async def warm_up(self) -> None:
-        pass
-
     async def boot(self) -> int:
         if self.boot_error:
             raise EngineError(self.boot_error, hint="look there")
@@ -75,6 +72,9 @@ class FakeEngine:
 
     async def close(self) -> None:
         self.network = None
+
+    async def drop_pager(self) -> None:
+        pass
 
     async def kill(self) -> None:
         if self._child is not None and self._child.returncode is None:
