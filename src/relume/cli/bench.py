@@ -149,6 +149,7 @@ def _single(
     from relume.cli.benchmark import measure, page_cache
 
     caches = list(dict.fromkeys(options.caches or _CACHES))
+    limits = page_cache.write_limits(node.state)
     target = ready = measure.deploy(node, workload, say)
     disk = page_cache.sequential_speed(target.images) if "dropped" in caches else None
     if "learned" in ways:
@@ -161,7 +162,7 @@ def _single(
         measure.Series(ready if way == "prepared" else target, way, cache) for cache in caches for way in ways
     ]
     measure.rounds(node, series, options.runs, say)
-    return [each.row(disk) for each in series]
+    return [each.row(disk, limits) for each in series]
 
 
 def _clones(

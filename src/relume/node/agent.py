@@ -133,8 +133,8 @@ class Node:
             await self._region.open(self._deployed())
         await self._adopt()
         self._sweep()
-        await asyncio.to_thread(machine.keep_in_memory, self._runc.binary, find_criu())
         self._spares.refill()
+        self.background.spawn(asyncio.to_thread(machine.keep_in_memory, self._runc.binary, find_criu()))
         for app in {instance.build.app for instance in self.lifecycle.instances.values()}:
             self.lifecycle.prepared.want(app)
         self.background.spawn(self.lifecycle.prepared.run())

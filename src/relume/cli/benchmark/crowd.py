@@ -11,7 +11,6 @@ from typing import Any
 from relume.cli.benchmark import measure
 from relume.cli.benchmark.measure import Say, Target
 from relume.cli.benchmark.own_node import OwnNode
-from relume.cli.benchmark.page_cache import WriteLimits
 from relume.cli.benchmark.region import Place, Row, read_before_the_answer, until
 from relume.cli.benchmark.workloads import Workload
 
@@ -35,8 +34,7 @@ def measure_crowd(place: Place, workload: Workload, count: int, say: Say) -> Row
         facts = maker.checkpoint_of(app)
         assert facts is not None
         images = maker.images(facts["checkpoint_id"])
-        unmeasured = WriteLimits(0.0, 0.0)  # no row here is about the freeze
-        target = Target(workload, app, expected, 0.0, facts, images, unmeasured, 0.0)
+        target = Target(workload, app, expected, 0.0, facts, images, 0.0)
         say(f"{workload.name}: learning")
         measure.learn(maker, target)
         until(maker, lambda: bool(place.objects("working-set/*/*/*/*/list")))

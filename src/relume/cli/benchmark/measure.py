@@ -61,7 +61,6 @@ class Target:
     answer_s: float
     facts: dict[str, Any]
     images: Path
-    limits: WriteLimits
     verifying_restore_s: float
 
     @property
@@ -99,7 +98,7 @@ class Series:
         found = {name: statistics.median(trace[name] for trace in self.traces) for name in names}
         return {name: round(at, 4) for name, at in sorted(found.items(), key=lambda item: item[1])}
 
-    def row(self, disk: float | None) -> dict[str, Any]:
+    def row(self, disk: float | None, limits: WriteLimits) -> dict[str, Any]:
         """As JSON. ``disk`` is the measured bytes per second, where anything was dropped."""
         timings = self.target.facts["timings"]
         return {
@@ -120,8 +119,8 @@ class Series:
             "stages": self.stages(),
             "freeze": {name: round(seconds, 4) for name, seconds in timings.items()},
             "freeze_limits": {
-                "memory_bytes_per_s": round(self.target.limits.memory),
-                "disk_bytes_per_s": round(self.target.limits.disk),
+                "memory_bytes_per_s": round(limits.memory),
+                "disk_bytes_per_s": round(limits.disk),
             },
             **({"disk_bytes_per_s": round(disk)} if disk and self.cache == "dropped" else {}),
         }
@@ -152,8 +151,7 @@ def deploy(
     node.settle()
     images = node.images(facts["checkpoint_id"])
     page_cache.warm(images)
-    limits = page_cache.write_limits(images.parent)
-    target = Target(workload, app, expected, answer_s, facts, images, limits, 0.0)
+    target = Target(workload, app, expected, answer_s, facts, images, 0.0)
     seconds, _ = start(node, target, "criu-eager")
     node.stop(app)
     return replace(target, verifying_restore_s=seconds)

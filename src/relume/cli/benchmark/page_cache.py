@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 import time
@@ -53,8 +54,9 @@ def sequential_speed(directory: Path) -> float:
     return size / (time.monotonic() - began)
 
 
+@functools.cache
 def write_limits(directory: Path) -> WriteLimits:
-    """Measured with a file of 512 MiB in ``directory``, which is removed again."""
+    """Measured once, with a file of 512 MiB in ``directory``, which is removed again."""
     block = os.urandom(_CHUNK)
     with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
         began = time.monotonic()
