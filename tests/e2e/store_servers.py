@@ -16,42 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+from relume.cli.benchmark.server import free_port, running
+
 PROGRAMS = Path(sys.executable).parent
 USER, PASSWORD = "relume-test", "relume-test-secret"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextmanager
-def running(command: list[str | Path], port: int, log: Path, **environment: str) -> Iterator[str]:
-    """Run a server until the block ends; gives its endpoint once it accepts."""
-    with log.open("wb") as out:
-        server = subprocess.Popen(
-            command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=os.environ | environment
-        )
-    try:
-        until = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                if server.poll() is not None or time.monotonic() > until:
-                    raise AssertionError(f"{command[0]} did not start: {log.read_text()[-2000:]}") from None
-                time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
 
 
 def url(endpoint: str, bucket: str = "bucket", prefix: str = "region") -> str:

@@ -8,16 +8,14 @@ import os
 import random
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pager.harness import SOURCE, Checkpoint, compile_program, running, wait_until
+from pager.harness import Checkpoint, frozen_torture, running, wait_until
 from relume.images import read_pagemap
-from relume.images.integrity import record
 from relume.pager import working_set
 from relume.pager.working_set import Piece, WorkingSet
 
@@ -36,16 +34,7 @@ class Torture:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
-        program = compile_program(SOURCE / "torture.c", folder / "torture")
-        arguments = [str(program), str(folder), str(WORKERS), str(MEGABYTES), str(seed), str(STEPS)]
-        null = subprocess.DEVNULL
-        process = subprocess.Popen(
-            arguments, cwd=folder, stdin=null, stdout=null, stderr=null, start_new_session=True
-        )
-        wait_until(lambda: len(list(folder.glob("ready.*"))) == WORKERS + 1, 30, "the program is ready")
-        self.checkpoint = Checkpoint.take(process.pid, folder)
-        process.poll()
-        record(self.checkpoint.images)
+        self.checkpoint = frozen_torture(folder, seed, WORKERS, MEGABYTES, STEPS)
 
     def go(self) -> None:
         for path in [*self.folder.glob("done.*"), *self.folder.glob("bad.*")]:

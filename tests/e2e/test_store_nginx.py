@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from relume.cli.benchmark.server import free_port, running
 from relume.store import (
     LocalCheckpoint,
     PageRun,
@@ -20,7 +21,7 @@ from relume.store import (
     read_from_files,
 )
 
-from .store_servers import PASSWORD, USER, FaultProxy, free_port, localbucket, running, url
+from .store_servers import PASSWORD, USER, FaultProxy, localbucket, url
 
 PAGE = (Path(__file__).parents[2] / "docs/region.md").read_text()
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")

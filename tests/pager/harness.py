@@ -19,6 +19,7 @@ from typing import Any
 from blake3 import blake3
 
 from relume.images import read_image
+from relume.images.integrity import record
 from relume.linux import cgroup, process
 from relume.pager.job import Job
 
@@ -202,6 +203,21 @@ def _enter(group: str | None) -> Callable[[], None] | None:
             file.write_text(str(os.getpid()))
 
     return enter
+
+
+def frozen_torture(folder: Path, seed: int, workers: int, megabytes: int, steps: int) -> Checkpoint:
+    """A checkpoint of the torture program (torture.c), frozen before its first step, with its hashes."""
+    program = compile_program(SOURCE / "torture.c", folder / "torture")
+    arguments = [str(program), str(folder), str(workers), str(megabytes), str(seed), str(steps)]
+    null = subprocess.DEVNULL
+    started = subprocess.Popen(
+        arguments, cwd=folder, stdin=null, stdout=null, stderr=null, start_new_session=True
+    )
+    wait_until(lambda: len(list(folder.glob("ready.*"))) == workers + 1, 60, "the program is ready")
+    checkpoint = Checkpoint.take(started.pid, folder)
+    started.poll()
+    record(checkpoint.images)
+    return checkpoint
 
 
 def running(pid: int) -> bool:

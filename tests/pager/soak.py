@@ -20,8 +20,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from pager.harness import SOURCE, Checkpoint, PagerProcess, compile_program, running, wait_until
-from relume.images.integrity import record
+from pager.harness import (
+    PagerProcess,
+    frozen_torture,
+    running,
+    wait_until,
+)
 from relume.linux import cgroup
 
 WORKERS = 1
@@ -143,16 +147,7 @@ class Soak:
         self.outcomes: Counter[str] = Counter()
         self.groups = Groups()
         self._neighbour: Neighbour | None = None
-        program = compile_program(SOURCE / "torture.c", folder / "torture")
-        arguments = [str(program), str(folder), str(WORKERS), str(MEGABYTES), str(seed), str(STEPS)]
-        null = subprocess.DEVNULL
-        process = subprocess.Popen(
-            arguments, cwd=folder, stdin=null, stdout=null, stderr=null, start_new_session=True
-        )
-        wait_until(lambda: len(list(folder.glob("ready.*"))) == WORKERS + 1, 60, "the program is ready")
-        self.checkpoint = Checkpoint.take(process.pid, folder)
-        process.poll()
-        record(self.checkpoint.images)
+        self.checkpoint = frozen_torture(folder, seed, WORKERS, MEGABYTES, STEPS)
         self.need, self.usual = self._measure()
 
     def _measure(self) -> tuple[int, float]:

@@ -203,9 +203,8 @@ class Node:
                 )
                 for checkpoint_id, why in doomed.items():
                     log.info("%s is removed: %s", checkpoint_id, why)
-                    await asyncio.to_thread(self.remove_checkpoint, checkpoint_id)
-            except NotFound:
-                continue  # another node was faster: look again
+                    with contextlib.suppress(NotFound):  # another node was faster
+                        await asyncio.to_thread(self.remove_checkpoint, checkpoint_id)
             except (RelumeError, OSError) as error:
                 log.warning("old checkpoints are not removed: %s", error)
             await asyncio.sleep(_RETAIN_S)

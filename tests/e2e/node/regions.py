@@ -11,7 +11,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,17 +88,25 @@ class Region:
 
 @contextlib.contextmanager
 def node_of(
-    root: Path, name: str, url: str, key: Path | None, builds: Relume, **settings: Any
+    root: Path,
+    name: str,
+    url: str,
+    key: Path | None,
+    builds: Relume | None,
+    env: Mapping[str, str] | None = None,
+    **settings: Any,
 ) -> Iterator[Relume]:
+    """A node with its state in ``root``; it has the bases and builds of ``builds``, if that is one."""
     state = root / name
     state.mkdir(mode=0o700)
-    share_builds(builds, state)
+    if builds is not None:
+        share_builds(builds, state)
     settings |= {"key_file": str(key)} if key else {}
     lines = ["[store]", f'url = "{url}"', "[region]"]
     lines += [f"{option} = {json.dumps(value)}" for option, value in settings.items()]
     config = root / f"{name}.toml"
     config.write_text("\n".join(lines) + "\n")
-    node = Relume(state, config=config, env=CREDENTIALS)
+    node = Relume(state, config=config, env={**CREDENTIALS, **(env or {})})
     node.start_node()
     try:
         yield node

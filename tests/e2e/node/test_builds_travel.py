@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from e2e import store_servers as servers
-from harness import SNIPPET, App, Relume, get, share_builds, until
+from e2e.node.regions import node_of
+from harness import SNIPPET, App, Relume, get, until
 from relume.store import new_key_file
 
 PROGRAM = f"""
@@ -49,25 +50,15 @@ class Bucket:
         self, name: str, prefix: str, *, bases: bool = True, pip: bool = True, endpoint: str = ""
     ) -> Iterator[Relume]:
         """``bases``: it has a base; ``pip``: a build of its own can find packages."""
-        state = self.root / f"{prefix}-{name}"
-        state.mkdir(mode=0o700)
-        if bases:
-            share_builds(self.bases, state)
-        config = state.with_suffix(".toml")
-        config.write_text(
-            f'[store]\nurl = "{servers.url(endpoint or self.endpoint, prefix=prefix)}"\n'
-            f'[region]\nkey_file = "{self.key}"\n'
-        )
-        env = {"AWS_ACCESS_KEY_ID": servers.USER, "AWS_SECRET_ACCESS_KEY": servers.PASSWORD}
-        env |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels if pip else self.root)}
-        node = Relume(state, config=config, env=env)
-        node.start_node()
-        try:
+        with node_of(
+            self.root,
+            f"{prefix}-{name}",
+            servers.url(endpoint or self.endpoint, prefix=prefix),
+            self.key,
+            self.bases if bases else None,
+            {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels if pip else self.root)},
+        ) as node:
             yield node
-        finally:
-            node.close()
-            shutil.rmtree(state, ignore_errors=True)
-        assert "Traceback" not in node.log.read_text(), node.log.read_text()[-8000:]
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,12 @@ import contextlib
 import fcntl
 import os
 import socket
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from relume.cli.benchmark.server import free_port, running
 from relume.errors import HostError
 from relume.store.upload import Throttle
 
@@ -28,7 +27,6 @@ CREDENTIALS = {
 }
 
 _BUCKET = "bucket"
-_PATIENCE = 30.0
 _PIECE = 256 << 10
 _BURST_SECONDS = 0.01
 
@@ -62,53 +60,20 @@ def bucket(root: Path) -> Iterator[Bucket]:
     if not program.exists():
         raise HostError(f"{program} is not there", hint="script/bootstrap --dev installs the S3 server")
     (root / _BUCKET).mkdir(parents=True)
-    port = _free_port()
-    with _running([str(program), "--port", str(port), str(root)], port, root.parent / "bucket.log"):
-        yield Bucket(root, f"http://127.0.0.1:{port}")
+    port = free_port()
+    command = [str(program), "--port", str(port), str(root)]
+    with running(command, port, root.parent / "bucket.log") as endpoint:
+        yield Bucket(root, endpoint)
 
 
 @contextlib.contextmanager
 def narrow_road(bucket: Bucket, bytes_per_second: int, log: Path) -> Iterator[str]:
     """Another endpoint of ``bucket``, through which at most ``bytes_per_second`` pass in each direction."""
-    port = _free_port()
+    port = free_port()
     upstream = bucket.endpoint.removeprefix("http://")
     command = [sys.executable, "-m", __name__, upstream, str(port), str(bytes_per_second)]
-    with _running(command, port, log):
-        yield f"http://127.0.0.1:{port}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def _running(command: list[str], port: int, log: Path) -> Iterator[None]:
-    with log.open("wb") as out:
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-    try:
-        deadline = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise HostError(
-                        f"{command[0]} did not start: {log.read_text(errors='replace')[-500:]}",
-                        hint="its words are above",
-                    ) from None
-                time.sleep(0.05)
-        yield
-    finally:
-        server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+    with running(command, port, log) as endpoint:
+        yield endpoint
 
 
 # --- the road's own process -----------------------------------------------------------------------
