@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import time
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from relume.linux import mounts
 
 MAIN = [sys.executable, "-m", "relume.cli.main"]
 
@@ -198,3 +201,14 @@ def until(condition: Any, patience: float = 30, what: str = "") -> Any:
         assert time.monotonic() < deadline, what or "it did not come to be in time"
         time.sleep(0.05)
     return value
+
+
+def shrink_to_fit(tmpfs: Path) -> None:
+    """Leave a tmpfs 2 MiB more than is in it. The kernel refuses a size that is smaller than the content."""
+    while True:
+        usage = shutil.disk_usage(tmpfs)
+        try:
+            mounts.mount("tmpfs", tmpfs, "tmpfs", mounts.MS_REMOUNT, f"size={usage.used + (2 << 20)}")
+            return
+        except OSError:
+            continue

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import MAIN, SNIPPET, App, Failed, Relume, get, until
+from harness import MAIN, SNIPPET, App, Failed, Relume, get, shrink_to_fit, until
 from relume.linux import cgroup, mounts
 from relume.linux.process import traced
 
@@ -347,7 +347,7 @@ def test_no_room_on_the_disk(second: Relume, app: App) -> None:
             asked = pool.submit(get, started, "/go")
             while not making(second):
                 time.sleep(0.001)
-            _shrink_to_fit(checkpoints)
+            shrink_to_fit(checkpoints)
             answer = asked.result()
         assert (answer["status"], answer["reason"]) == ("failed", "insufficient_disk"), answer
         assert making(second) == []
@@ -358,17 +358,6 @@ def test_no_room_on_the_disk(second: Relume, app: App) -> None:
         second.stop(app.name)
         second.kill_node(signal.SIGTERM)
         mounts.unmount(checkpoints)
-
-
-def _shrink_to_fit(tmpfs: Path) -> None:
-    """Leave a tmpfs 2 MiB more than is in it. The kernel refuses a size that is smaller than the content."""
-    while True:
-        usage = shutil.disk_usage(tmpfs)
-        try:
-            mounts.mount("tmpfs", tmpfs, "tmpfs", mounts.MS_REMOUNT, f"size={usage.used + (2 << 20)}")
-            return
-        except OSError:
-            continue
 
 
 def test_proxy_variables_inside_do_not_reach_the_sidecar(relume: Relume, app: App) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from harness import App, Relume, get, until
+from harness import App, Relume, get, shrink_to_fit, until
 from relume.checkpoint import staging
 from relume.linux import mounts
 
@@ -106,3 +107,31 @@ def test_lands_what_was_copied_before_the_kill(tmp_path: Path) -> None:
     assert staging.land(images) is True
     assert (images / "pages-1.img").read_bytes() == b"page"
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_the_disk_is_full_when_a_dump_is_to_land(in_memory: Relume, app: App) -> None:
+    """There was room at the first look. The app runs on, the memory is given back, and the next request works."""
+    app.write(PROGRAM.replace("threading.Thread(target=ask).start()", "ACTIONS['go'] = lambda _: ask()"))
+    checkpoints = in_memory.state / "checkpoints"
+    mounts.mount("tmpfs", checkpoints, "tmpfs", 0, "size=700m")
+    try:
+        in_memory.deploy(app.directory)
+        original = in_memory.start(app.name)
+        before = get(original, "/sum")
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(get, original, "/go")
+            until(lambda: len(mounts.under(checkpoints)) > 1)
+            shrink_to_fit(checkpoints)
+            asked.result()
+        (answer,) = get(original, "/answers")
+        assert (answer["status"], answer["reason"]) == ("failed", "insufficient_disk"), answer
+        assert mounts.under(checkpoints) == [checkpoints]
+        assert list(checkpoints.iterdir()) == []
+        mounts.mount("tmpfs", checkpoints, "tmpfs", mounts.MS_REMOUNT, "size=700m")
+        get(original, "/go")
+        assert get(original, "/answers")[-1]["status"] == "created"
+        assert get(original, "/sum") == before
+    finally:
+        in_memory.stop(app.name)
+        in_memory.kill_node(signal.SIGTERM)
+        mounts.unmount(checkpoints)
