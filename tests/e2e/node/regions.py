@@ -56,8 +56,8 @@ class Region:
     def objects(self, prefix: str = "region") -> Path:
         return self.root / "localbucket" / "bucket" / prefix
 
-    def chunks_of_pages(self) -> set[str]:
-        """The ids of the chunks that hold memory; the others hold files."""
+    def chunks_of_pages(self) -> list[str]:
+        """The ids of the chunks that hold memory, in the order of its addresses; the others hold files."""
         settings = RegionConfig(servers.url(self.endpoint), self.key)
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=self.root) as state:
             for name, value in CREDENTIALS.items():
@@ -67,7 +67,7 @@ class Region:
             fetched = store.fetch(name)
             streams = [file.stream for file in fetched.pages._files.values()]
             fetched.close()
-        return {ref.id.hex() for stream in streams for ref in stream.chunks}
+        return [ref.id.hex() for stream in streams for ref in stream.chunks]
 
     @contextlib.contextmanager
     def node(

@@ -5,7 +5,6 @@ Each kind of damage gets a copy of the bucket's folder and a node of its own.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import signal
 from collections.abc import Callable
@@ -183,13 +182,22 @@ def test_one_bit_of_each_kind(region: Region) -> None:
 
 def test_bytes_that_turn_out_wrong_while_it_runs(region: Region) -> None:
     """What an answer needs is right, so it runs; the fill meets a wrong chunk: killed, another takes its place."""
-    shutil.copytree(region.objects(), region.objects("late"))
-    _flip_chunks(region, region.objects("late"), of_pages=True)
-    with region.node("late", prefix="late") as node:
+    objects = region.objects("late")
+    shutil.copytree(region.objects(), objects)
+    chunks = region.chunks_of_pages()
+    wrong = chunks[len(chunks) // 2]  # most of memory is what no answer needs
+    (path,) = objects.glob(f"chunk/*/*/{wrong}")
+    _flip(path)
+    with (
+        servers.FaultProxy(region.endpoint) as proxy,
+        region.node("late", prefix="late", endpoint=proxy.endpoint) as node,
+    ):
+        proxy.only = lambda path: wrong in path
+        proxy.every, proxy.latency_s, proxy.fault = 1, 60, "latency"
         started = node.start(region.app.name)
         assert started["restored"], started
-        with contextlib.suppress(OSError):  # the probe was the first answer: it may be killed by now
-            assert get(started, "/sum") == region.answer
+        assert get(started, "/sum") == region.answer
+        proxy.fault = ""
 
         def replaced() -> Any:
             rows = [row for row in node.ps(region.app.name) if row["state"] == "ready"]
