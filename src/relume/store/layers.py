@@ -33,16 +33,18 @@ def publish_layer(
     limits: Limits,
     progress: Progress,
     check: Callable[[], None] = lambda: None,
+    mend: bool = False,
 ) -> int:
     """Bring a layer into the store under `digest`, unless it is there; returns its size in bytes as a file.
 
-    `pack` writes it to the file it is given, in the folder `scratch`; it is not called for a layer that is there.
-    The caller holds a lease with `tenant=LAYERS`, or garbage collection may take the chunks away meanwhile; `check`
-    raises when that was lost. Raises StoreError, OSError, and Untrusted for one that is there and cannot be read.
+    With `mend` also where it is there, in its place: it may be damaged. `pack` writes it to the file it is given, in
+    the folder `scratch`; it is not called for a layer that is there. The caller holds a lease with `tenant=LAYERS`, or
+    garbage collection may take the chunks away meanwhile; `check` raises when that was lost. Raises StoreError,
+    OSError, and Untrusted for one that is there and cannot be read.
     """
     tenant = Tenant(keyring.writer, LAYERS)
     name = layer_name(tenant, digest)
-    if objects.exists(name):
+    if not mend and objects.exists(name):
         return _open(objects, keyring, name).size
     file = scratch / digest
     try:
@@ -50,14 +52,18 @@ def publish_layer(
         size = file.stat().st_size
         progress.total += size
         uploaded = upload_streams(
-            Chunks(objects, tenant), [(_STREAM, file)], limits=limits, progress=progress, check=check
+            Chunks(objects, tenant),
+            [(_STREAM, file)],
+            limits=limits,
+            progress=progress,
+            check=check,
+            mend=mend,
         )
     finally:
         file.unlink(missing_ok=True)
     faults.point("layer.chunk")
-    objects.create(
-        name, seal_signed(keyring, Kind.LAYER, name, index.encode(uploaded.streams), new_data_key())
-    )
+    sealed = seal_signed(keyring, Kind.LAYER, name, index.encode(uploaded.streams), new_data_key())
+    (objects.put if mend else objects.create)(name, sealed)
     faults.point("layer.index")
     return size
 

@@ -44,6 +44,15 @@ class CheckpointName:
         except BadRequest:
             return None
 
+    @classmethod
+    def from_id(cls, text: str) -> CheckpointName:
+        """The inverse of `id`. Raises BadRequest."""
+        build, _, rest = text.partition(".")
+        platform, _, generation = rest.rpartition(".")
+        if not generation.isdecimal():
+            raise BadRequest(f"{text[:140]!r} is no checkpoint's id")
+        return cls(build, platform, int(generation))
+
     @property
     def id(self) -> str:
         """The checkpoint's id for people: unlike for every checkpoint of a store."""

@@ -153,7 +153,7 @@ class Objects:
         return True
 
     def put(self, name: str, data: bytes) -> None:
-        """Make or replace the object. Only for what is the same whoever writes it (chunks)."""
+        """Make or replace the object. Only for what means the same whoever writes it (chunks, layers)."""
         self._ask(f"put {name}", name, lambda: obstore.put(self._backend, name, data, use_multipart=False))
         self._written(name, data)
 

@@ -59,12 +59,14 @@ def publish(
     limits: Limits,
     progress: Progress,
     scratch: Path | None = None,
+    mend: bool = False,
 ) -> Manifest:
     """Upload `source` as the generation that `lease` fences, and publish it.
 
-    `lease` is kept by the caller (`with lease.kept()`). `scratch` is a folder on disk for the tar of held
-    files. Raises Superseded when the lease was lost or a newer generation exists, StoreError when the store
-    does not answer; either way nothing became visible, and the next attempt sends only what is missing.
+    `lease` is kept by the caller (`with lease.kept()`). `scratch` is a folder on disk for the tar of held files.
+    `mend`: it takes the place of a damaged one, see `upload_streams`. Raises Superseded when the lease was lost or a
+    newer generation exists, StoreError when the store does not answer; either way nothing became visible, and the next
+    attempt sends only what is missing.
     """
     name = CheckpointName(source.build, source.platform, lease.number)
     tenant = Tenant(keyring.writer, source.app)
@@ -79,7 +81,7 @@ def publish(
             sources.insert(0, (FILES_STREAM, tar))
         plain = progress.total = sum(path.stat().st_size for _, path in sources)
         uploaded = upload_streams(
-            Chunks(objects, tenant), sources, limits=limits, progress=progress, check=lease.check
+            Chunks(objects, tenant), sources, limits=limits, progress=progress, check=lease.check, mend=mend
         )
     data_key = new_data_key()
     sealed_index = seal(data_key, Kind.INDEX, name.index, index.encode(uploaded.streams))

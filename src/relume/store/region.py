@@ -101,10 +101,18 @@ class Region:
         """
         return self.leases.acquire(lease(build, platform), tenant=app)
 
-    def publish(self, lease: Lease, source: LocalCheckpoint, progress: Progress | None = None) -> Manifest:
+    def publish(
+        self,
+        lease: Lease,
+        source: LocalCheckpoint,
+        progress: Progress | None = None,
+        *,
+        mend: bool = False,
+    ) -> Manifest:
         """Upload and publish. After a failure try again under a new lease: only what is missing is sent.
 
-        Raises Superseded, StoreError.
+        With `mend` all of it is sent, in the place of what the store has and may be damaged. Raises Superseded,
+        StoreError.
         """
         return publish(
             self.objects,
@@ -116,6 +124,7 @@ class Region:
             limits=self.config.limits,
             progress=progress or Progress(),
             scratch=self._scratch,
+            mend=mend,
         )
 
     def publish_working_set(
@@ -280,10 +289,13 @@ class Region:
         digests: Sequence[str],
         pack: Callable[[str, Path], None],
         progress: Progress | None = None,
+        *,
+        mend: bool = False,
     ) -> BuildRecord:
         """Upload what the store lacks of the layers (`pack` writes one into a file), and then the build.
 
-        Raises Superseded when `held` was lost, StoreError, OSError; then nothing became visible.
+        With `mend` all of them, in the place of what the store has and may be damaged. Raises Superseded when `held`
+        was lost, StoreError, OSError; then nothing became visible.
         """
         wait_for_sweep(self.leases, held)
         refs = []
@@ -298,6 +310,7 @@ class Region:
                     limits=self.config.limits,
                     progress=progress or Progress(),
                     check=held.check,
+                    mend=mend,
                 )
                 refs.append(LayerRef(digest=digest, size=size))
         build = BuildRecord(app=app, inputs=inputs, number=held.number, facts=facts, layers=tuple(refs))

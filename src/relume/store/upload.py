@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,12 +96,14 @@ def upload_streams(
     limits: Limits,
     progress: Progress,
     check: Callable[[], None] = lambda: None,
+    mend: bool = False,
 ) -> Uploaded:
     """Bring every page of `sources` (stream name, file) into the store and say where it is.
 
-    `check` is called before each chunk, to end a superseded upload by raising. Raises StoreError, OSError.
+    `check` is called before each chunk, to end a superseded upload by raising. With `mend` what the store has is
+    sent all the same, in its place: some of it is damaged. Raises StoreError, OSError.
     """
-    uploader = _Uploader(chunks, limits, progress, check)
+    uploader = _Uploader(chunks, limits, progress, check, {} if mend else chunks.present())
     with large_buffers_kept(), ThreadPoolExecutor(limits.parallel, thread_name_prefix="upload") as pool:
         streams = []
         for name, path in sources:
@@ -117,14 +119,21 @@ def upload_streams(
 
 
 class _Uploader:
-    def __init__(self, chunks: Chunks, limits: Limits, progress: Progress, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        chunks: Chunks,
+        limits: Limits,
+        progress: Progress,
+        check: Callable[[], None],
+        present: Mapping[bytes, int],
+    ) -> None:
         self.new_stored = 0
         self._chunks = chunks
         self._progress = progress
         self._check = check
         self._throttle = Throttle(limits.bytes_per_second)
         self._room = threading.BoundedSemaphore(limits.parallel + 2)
-        self._known: dict[bytes, int | Future[int]] = dict(chunks.present())
+        self._known: dict[bytes, int | Future[int]] = dict(present)
         self._lock = threading.Lock()
         self._failed = False
 

@@ -123,6 +123,8 @@ def test_adopted_and_restored(pair: Pair) -> None:
     build_id = pair.made["build_id"]
     assert f"build {build_id} (adopted)" in deployed.stdout
     assert _layers(pair.b, build_id) == _layers(pair.a, build_id)
+    until(lambda: "prefetched" in pair.b.log.read_text(), 30, pair.b.log.read_text())
+    assert pair.b.checkpoints(pair.app.name)[0]["where"] == ["partial", "remote"], "it came beside the layers"
     copy = pair.b.start(pair.app.name)
     assert copy["restored"], copy
     assert get(copy, "/version") == pair.answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -215,6 +216,36 @@ def test_one_flipped_bit_is_a_refusal(
         manifest = b.find("build-1", "x86-1")
         assert manifest is not None
         b.pull(manifest.name)
+
+
+def test_what_takes_the_place_of_a_damaged_one_is_sent_whole(
+    node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path
+) -> None:
+    a, b = node("a"), node("b")
+    first = published(a, checkpoint)
+    victim = next(path for path in (tmp_path / "store" / "chunk").rglob("*") if path.is_file())
+    sound = victim.read_bytes()
+    victim.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert not b.verify(published(a, checkpoint)).clean, "as the chunk was there it was not sent"
+    with a.lease("an-app", "build-1", "x86-1").kept() as lease:
+        mended = a.publish(lease, checkpoint, mend=True)
+    assert b.verify(mended.name).clean and b.verify(first).clean
+
+
+def test_a_layer_too(node: Nodes, tmp_path: Path) -> None:
+    a, b = node("a"), node("b")
+    layer = tmp_path / "layer.tar"
+    layer.write_bytes(b"a layer" * 1000)
+    publish_build(a, "x", "i", "d" * 64, layer)
+    for kind in ("chunk/*/*/*", "layer/*/*/*"):
+        (found,) = (tmp_path / "store").glob(kind)
+        found.write_bytes(found.read_bytes()[:-1] + b"?")
+    with a.build_lease("i").kept() as lease:
+        a.publish_build(
+            lease, "x", "i", {}, ["d" * 64], lambda _, file: shutil.copyfile(layer, file), mend=True
+        )
+    b.fetch_layer("d" * 64, tmp_path / "copy.tar")
+    assert (tmp_path / "copy.tar").read_bytes() == layer.read_bytes()
 
 
 def test_a_bad_working_set_costs_time_only(node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path) -> None:

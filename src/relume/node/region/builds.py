@@ -36,10 +36,12 @@ Say = Callable[[str], None]
 class Builds:
     """The builds that this node takes from the region and gives to it."""
 
-    def __init__(self, view: View, builder: Builder, spawn: Spawn) -> None:
+    def __init__(self, view: View, builder: Builder, spawn: Spawn, beside: Callable[[str], None]) -> None:
+        """``beside`` begins to bring the checkpoint of a build, by its id, while the build's layers come."""
         self._view = view
         self._builder = builder
         self._spawn = spawn
+        self._beside = beside
         self._pending: set[str] = set()
         self._sending = asyncio.Lock()  # two builds have layers in common: the second finds them there
 
@@ -106,6 +108,7 @@ class Builds:
         if missing:
             size = sum(ref.size for ref in record.layers if ref.digest in missing)
             say(f"region: fetching {len(missing)} of {len(digests)} layers, {size / 1e6:.0f} MB unpacked")
+            self._beside(str(record.facts.get("build_id")))
         build, there = await self._builder.adopt(planned, record.facts, digests, self._fetch)
         if there:
             say(f"build {build.build_id}: nothing changed, reused")
@@ -139,7 +142,7 @@ class Builds:
         build, there = await self._builder.make(planned, fresh=fresh, taken=taken, progress=say)
         how: How = "reused" if there else "built"
         try:
-            await self._publish(build, lease, say)
+            await self._publish(build, lease, say, mend=fresh)
         except (RelumeError, OSError) as error:
             say(f"build {build.build_id}: not published: {error}")
             self.publish_later(build)
@@ -149,13 +152,13 @@ class Builds:
 
     # --- publishing -------------------------------------------------------------------------------
 
-    async def _publish(self, build: Build, lease: Lease, say: Say) -> None:
+    async def _publish(self, build: Build, lease: Lease, say: Say, *, mend: bool = False) -> None:
         async with self._sending:
-            await self._send_and_say(build, lease, say)
+            await self._send_and_say(build, lease, say, mend=mend)
 
-    async def _send_and_say(self, build: Build, lease: Lease, say: Say) -> None:
+    async def _send_and_say(self, build: Build, lease: Lease, say: Say, *, mend: bool) -> None:
         progress = Progress()
-        work = asyncio.ensure_future(asyncio.to_thread(self._send, build, lease, progress))
+        work = asyncio.ensure_future(asyncio.to_thread(self._send, build, lease, progress, mend=mend))
         said = ""
         try:
             while not (await asyncio.wait([work], timeout=_SAY_S))[0]:
@@ -168,7 +171,7 @@ class Builds:
         work.result()
         log.info("build %s of %s is published: %s", build.build_id, build.app, progress)
 
-    def _send(self, build: Build, lease: Lease, progress: Progress) -> None:
+    def _send(self, build: Build, lease: Lease, progress: Progress, *, mend: bool) -> None:
         layers = {layer.digest: layer.path for layer in build.layers}
 
         def pack(digest: str, file: Path) -> None:
@@ -178,7 +181,7 @@ class Builds:
 
         facts = self._builder.facts_of(build)
         self._view.region.publish_build(
-            lease, build.app, build.inputs_digest, facts, list(layers), pack, progress
+            lease, build.app, build.inputs_digest, facts, list(layers), pack, progress, mend=mend
         )
 
     def take_up(self, builds: Iterable[Build]) -> None:

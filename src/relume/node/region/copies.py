@@ -240,6 +240,18 @@ class Copies:
                 log.warning("prefetch: %s", error)
             await asyncio.sleep(_WATCH_S)
 
+    def fetch_ahead(self, build_id: str) -> None:
+        """A build comes onto this node: what its first start needs comes at the same time. In the background."""
+        self._spawn(asyncio.to_thread(self._fetch_ahead, build_id))
+
+    def _fetch_ahead(self, build_id: str) -> None:
+        try:
+            manifest = self._view.find(build_id, self._view.region)
+            if manifest is not None and manifest.name.id not in self._view.refused:
+                self._prefetch(manifest.name)
+        except (RelumeError, OSError) as error:
+            log.warning("the checkpoint of build %s is not fetched ahead: %s", build_id, error)
+
     def _prefetch(self, name: CheckpointName) -> None:
         try:
             manifest = self._view.manifest(name)
@@ -269,6 +281,5 @@ class Copies:
         except (OSError, ValueError, TypeError, KeyError, Untrusted) as error:
             log.warning("%s in the cache is no checkpoint: %s", directory.name, error)
             return
-        build, platform, generation = directory.name.rsplit(".", 2)
-        folder.mark(directory, CheckpointName(build, platform, int(generation)))
+        folder.mark(directory, CheckpointName.from_id(directory.name))
         self._shelf.link(checkpoint.checkpoint_id, directory)

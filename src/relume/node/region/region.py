@@ -53,7 +53,7 @@ class NodeRegion:
         self._learned = Learned(self._view, shelf)
         self.uploads = Uploads(self._view, self._learned, shelf, builder, spawn)
         self.copies = Copies(self._view, self._learned, shelf, spawn, fault_wait_s=config.region.fault_wait_s)
-        self.builds = Builds(self._view, builder, spawn)
+        self.builds = Builds(self._view, builder, spawn, self.copies.fetch_ahead)
         self.catalogue = Catalogue(self._view, shelf, builder)
 
     async def open(self, deployed: Iterable[Build]) -> None:

@@ -168,6 +168,7 @@ class Uploads:
                 layers=[layer.digest for layer in self._builder.load(checkpoint.build_id).layers],
             ),
             progress,
+            mend=self._view.refuses(checkpoint.build_id),
         )
         seconds = time.monotonic() - began
         log.info("%s is published as %s in %.1f s: %s", checkpoint_id, manifest.name.id, seconds, progress)

@@ -91,6 +91,10 @@ class View:
         self.refused[name.id] = reason
         self.region.cache.evict(name.id)
 
+    def refuses(self, build_id: str) -> bool:
+        """Whether something of this build was found damaged here: what takes its place is sent whole."""
+        return any(CheckpointName.from_id(refused).build == build_id for refused in self.refused)
+
     def resolve(self, checkpoint_id: str) -> Manifest:
         """The manifest of the checkpoint with this id, or with this name in the store. Raises NotFound, StoreError."""
         for name in self.region.names():
