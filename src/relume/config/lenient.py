@@ -50,16 +50,26 @@ class Remarks:
         )
 
 
-def without_unknown(data: Mapping[str, Any], model: type[Table], remarks: Remarks) -> dict[str, Any]:
-    """The data without keys that the models don't have; each gets a warning with what was probably meant."""
+def without_unknown(
+    data: Mapping[str, Any], model: type[Table], remarks: Remarks, *, strict: bool
+) -> dict[str, Any]:
+    """The data without keys that the models don't have; each gets a warning with what was probably meant.
+
+    ``strict``: the caller refuses them, so the words must not say that they are ignored.
+    """
     homes: dict[str, list[Path]] = {}
     for path, _ in leaves(model):
         homes.setdefault(path[-1], []).append(path[:-1])
-    return _known(data, model, (), remarks, homes)
+    return _known(data, model, (), remarks, homes, "" if strict else ", ignored")
 
 
 def _known(
-    data: Mapping[str, Any], model: type[Table], path: Path, remarks: Remarks, homes: dict[str, list[Path]]
+    data: Mapping[str, Any],
+    model: type[Table],
+    path: Path,
+    remarks: Remarks,
+    homes: dict[str, list[Path]],
+    verdict: str,
 ) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     unknown = 0
@@ -68,7 +78,7 @@ def _known(
         if field:
             inner = table_of(field)
             kept[name] = (
-                _known(value, inner, (*path, name), remarks, homes)
+                _known(value, inner, (*path, name), remarks, homes, verdict)
                 if inner and isinstance(value, dict)
                 else value
             )
@@ -76,14 +86,14 @@ def _known(
         near = difflib.get_close_matches(name[:80], list(model.model_fields), n=1, cutoff=0.6)
         extra = model.SUBTABLES
         if extra and isinstance(value, dict) and not near:
-            kept[name] = _known(value, extra, (*path, name), remarks, homes)
+            kept[name] = _known(value, extra, (*path, name), remarks, homes, verdict)
             continue
         unknown += 1
         if unknown <= _MAX_UNKNOWN:
-            message = f"unknown key, ignored{_meant(name, near, homes)}"
+            message = f"unknown key{verdict}{_meant(name, near, homes)}"
             remarks.add("unknown", (*path, name), message, value=value, allowed=_one_of(model))
     if unknown > _MAX_UNKNOWN:
-        remarks.add("unknown", path, f"{unknown - _MAX_UNKNOWN} more unknown keys, ignored")
+        remarks.add("unknown", path, f"{unknown - _MAX_UNKNOWN} more unknown keys{verdict}")
     return kept
 
 

@@ -25,7 +25,7 @@ def model_of(model: type[T], data: dict[str, Any], remarks: Remarks, *, strict: 
 
     Raises ConfigError with all problems; with ``strict`` unknown keys are among them.
     """
-    data = without_unknown(data, model, remarks)
+    data = without_unknown(data, model, remarks, strict=strict)
     data = with_known_types(data, model, remarks)
     document = remarks.document
     problems = [_from_warning(w) for w in remarks.found if strict and w.kind == "unknown"]

@@ -166,6 +166,7 @@ def test_unknown_keys_are_warnings_and_under_strict_errors(tmp_path: Path) -> No
     }
     error = refused(tmp_path, text, strict=True)
     assert len(error.details["problems"]) == 4
+    assert "ignored" not in error.message
     assert error.details["allowed"].startswith("one of name, python_version")
 
 
