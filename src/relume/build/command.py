@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shlex
 import signal
 from collections import deque
@@ -24,6 +25,20 @@ TAIL_LINES = 20
 
 _MAX_LINE = 2000
 _GRACE = 10.0
+_WHEEL = "or a version of it that has a wheel"
+_REMEDIES = {
+    r"Cannot find command 'git'|Git executable not found": (
+        'a git URL needs git: git = "latest" in [cerebrium.dependencies.apt]'
+    ),
+    r"command '\S*(gcc|g\+\+|cc|c\+\+)' failed: No such file|no acceptable C compiler": (
+        f'it is compiled here: build-essential = "latest" in [cerebrium.dependencies.apt], {_WHEEL}'
+    ),
+    r"Python\.h: No such file": (
+        f'it is compiled here: python3-dev = "latest" in [cerebrium.dependencies.apt], {_WHEEL}'
+    ),
+    r"Unable to locate package": "the base's release has no package of that name",
+}
+"""What to do about what the last lines of a failing command say."""
 
 
 async def run(
@@ -83,8 +98,10 @@ def failure(what: str, argv: Sequence[str], status: int, output: Sequence[str]) 
     """The BuildError of a failed command; its last lines are part of the message, as users need them."""
     command = shlex.join(argv)
     shown = "".join(f"\n  {line}" for line in output)
+    remedies = (remedy for said, remedy in _REMEDIES.items() if re.search(said, shown))
     return BuildError(
         f"{what} failed with status {status}: {command[:400]}{shown}",
+        hint=next(remedies, ""),
         command=command,
         status=status,
         output=list(output),

@@ -74,6 +74,33 @@ def test_its_own_checkpoint_is_not_made_again(region: Region) -> None:
             assert other.checkpoints(region.app.name) == []
 
 
+def test_a_build_changed_by_a_line_adds_little(region: Region) -> None:
+    shutil.copytree(region.objects(), region.objects("next"))
+    changed = region.root / "changed"
+    shutil.copytree(region.app.directory, changed)
+    with (changed / "main.py").open("a") as file:
+        file.write("# a line\n")
+    with region.node("next", prefix="next") as node:
+        deployed = node.deploy(changed)
+        original = node.start(region.app.name)
+        assert (original["build_id"], original["restored"]) == (deployed["build_id"], False)
+        made = node.answer_of_post(original["instance_id"])
+
+        def published() -> Any:
+            (row,) = [
+                row
+                for row in node.checkpoints(region.app.name)
+                if row["checkpoint_id"] == made["checkpoint_id"]
+            ]
+            return "remote" in row["where"]
+
+        until(published, 60, node.log.read_text())
+        second = node.json("checkpoints", "inspect", made["checkpoint_id"])["region"]
+        first = node.json("checkpoints", "inspect", region.checkpoint_id)["region"]
+        assert first["new_stored_bytes"] > 48 << 20
+        assert second["new_stored_bytes"] <= 0.15 * first["stored_bytes"], (first, second)
+
+
 def test_what_was_prefetched_is_here_before_it_is_asked_for(region: Region) -> None:
     with region.node("early", prefetch=True) as node:
         until(lambda: "prefetched" in node.log.read_text(), 30, node.log.read_text())

@@ -32,6 +32,20 @@ async def test_a_failure_says_command_status_and_last_lines() -> None:
     assert {"100", "last"} <= set(error.details["output"])
 
 
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("ERROR: Cannot find command 'git' - do you have 'git' installed and in your PATH?", "git ="),
+        ("error: command 'x86_64-linux-gnu-gcc' failed: No such file or directory", "build-essential"),
+        ("E: Unable to locate package nonsense", "base's release"),
+        ("ERROR: No matching distribution found for nonsense", ""),
+    ],
+)
+def test_a_failure_that_is_known_has_a_remedy(said: str, remedy: str) -> None:
+    hint = command.failure("pip", ["pip"], 1, ["before", said]).hint
+    assert (remedy in hint) if remedy else not hint
+
+
 async def test_lines_without_an_end_and_of_any_length() -> None:
     output = await command.run(
         ["sh", "-c", "head -c 300000 /dev/zero | tr '\\0' x; printf '\\nend'"], what="it"
