@@ -28,7 +28,7 @@ from typing import Any
 
 import pytest
 
-from harness import Failed, Relume, until
+from harness import Failed, Relume, share_builds, until
 
 _APPS = Path(__file__).resolve().parents[1] / "apps"
 sys.path.insert(0, str(_APPS))
@@ -51,10 +51,12 @@ def _patience() -> None:
 
 
 @pytest.fixture(scope="module")
-def node() -> Iterator[Relume]:
+def node(request: pytest.FixtureRequest) -> Iterator[Relume]:
     kept = os.environ.get("RELUME_APPS_STATE")
     state = Path(kept or tempfile.mkdtemp(prefix="relume-apps-", dir="/var/tmp"))
     state.mkdir(parents=True, exist_ok=True)
+    if not kept:
+        share_builds(request.getfixturevalue("relume"), state)
     node = Relume(state)
     node.start_node()
     yield node

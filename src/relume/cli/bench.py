@@ -6,6 +6,7 @@ is not kept away, which is why the ways are interleaved and their ratios are wha
 
 from __future__ import annotations
 
+import signal
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
@@ -92,6 +93,7 @@ def bench(options: Namespace) -> int:
     from relume.cli.benchmark.own_node import own_node
     from relume.cli.benchmark.workloads import WORKLOADS
 
+    _go_in_order()
     screen = Screen(options.output)
     if options.region:
         return _region(options, screen)
@@ -122,6 +124,19 @@ def bench(options: Namespace) -> int:
         unicode = (sys.stdout.encoding or "").lower().startswith("utf")
         screen.data(None, report.chart(rows, block="█" if unicode else "#"))
     return 1 if failed else 0
+
+
+def _go_in_order() -> None:
+    """However the benchmark is told to go, also where Ctrl-C is ignored (nohup), its node goes with it."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def go(number: int, frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in numbers:
+        signal.signal(number, go)
 
 
 def _region(options: Namespace, screen: Screen) -> int:

@@ -29,6 +29,7 @@ _TICK = 1.0
 _LEAST_MEMORY = 0.10
 """Below this share of the machine's memory available, prepared instances are given up."""
 _AFTER_FAILURE = 30.0
+_AFTER_SCARCITY = 30.0
 
 
 class Maker(Protocol):
@@ -88,10 +89,18 @@ class Prepared:
             self._wake.clear()
             await self._drop(self._stale())
             if _memory_is_scarce():
-                await self._drop([instance for instance, _ in self._waiting])
+                await self._give_way()
                 continue
             for app in sorted(self._wanted):
                 await self._tend(app)
+
+    async def _give_way(self) -> None:
+        """To whoever needs the memory, and not only until the next look: what is freed may be what is needed."""
+        later = time.monotonic() + _AFTER_SCARCITY
+        self._not_before.update(dict.fromkeys(self._wanted, later))
+        if self._waiting:
+            log.warning("memory is scarce: %d prepared instances are given up", len(self._waiting))
+        await self._drop([instance for instance, _ in self._waiting])
 
     async def _tend(self, app: str) -> None:
         current = self._current(app)

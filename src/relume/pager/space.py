@@ -31,9 +31,6 @@ MINIMUM_WINDOW = 16 * PAGE_SIZE
 MAXIMUM_WINDOW = 256 * PAGE_SIZE
 """Bytes brought in around a fault: the least, and the most where faults go upwards one after the other."""
 
-EXPECTED_WINDOW = 64 * PAGE_SIZE
-"""The least where the working set says that more will be needed."""
-
 _STREAMS = 16
 """Places of sequential access remembered per process."""
 
@@ -81,8 +78,8 @@ class AddressSpace:
     ``waiting`` are faults to be served by the loop, ``asked`` those given to a thread that may wait; ``doubtful`` is
     to come unless it was unmapped (see ``_unmap``).
     ``wiped`` are ranges that had MADV_WIPEONFORK at the dump: a child gets zeros there, not the contents.
-    ``on_copy`` is told (pages_id, offset, length) of everything brought in by a fault; ``expected`` says whether
-    the replay means to bring (pages_id, offset) in, so that its neighbourhood will be needed.
+    ``on_copy`` is told (pages_id, offset, length) of everything brought in by a fault; ``expected`` says which bytes
+    of the pages file around (pages_id, offset) the replay means to bring in: what the app needs now or soon.
     """
 
     name: str
@@ -93,7 +90,7 @@ class AddressSpace:
     source: PageSource
     wiped: RangeMap = field(default_factory=RangeMap)
     on_copy: Callable[[int, int, int], None] | None = None
-    expected: Callable[[int, int], bool] | None = None
+    expected: Callable[[int, int], tuple[int, int] | None] | None = None
     restored: bool = True
     counters: Counters = field(default_factory=Counters)
     gate: Gate = field(default_factory=Gate)
@@ -248,18 +245,20 @@ class AddressSpace:
             found = self.pending.at(address)
             if found is None:
                 return None
+            if self.expected and (
+                piece := self.expected(self.pages_id, found.offset + address - found.start)
+            ):
+                shift = found.start - found.offset
+                return found.cut(piece[0] + shift, piece[1] + shift)
             for stream in self._streams:
                 if stream.expected <= address < stream.expected + MINIMUM_WINDOW:
                     stream.window = min(2 * stream.window, MAXIMUM_WINDOW)
                     chosen = found.cut(address, address + stream.window)
                     stream.expected = chosen.end
                     return chosen
-            window = MINIMUM_WINDOW
-            if self.expected and self.expected(self.pages_id, found.offset + address - found.start):
-                window = EXPECTED_WINDOW
-            low = address & -window
-            chosen = found.cut(low, low + window)
-            self._streams.insert(0, _Stream(chosen.end, window))
+            low = address & -MINIMUM_WINDOW
+            chosen = found.cut(low, low + MINIMUM_WINDOW)
+            self._streams.insert(0, _Stream(chosen.end, MINIMUM_WINDOW))
             del self._streams[_STREAMS:]
             return chosen
 

@@ -42,7 +42,7 @@ _HEADER_BYTES = 1 << 16
 _TURNS = 1 << 30
 _DIGEST_BYTES = 32
 
-WITHHELD_SHARE = 32
+WITHHELD_SHARE = 64
 """One in so many blocks is withheld from a replay, in turn: only an untouched page tells that it is not needed."""
 
 

@@ -1,11 +1,8 @@
-"""One node serves the whole session, because making a base takes half a minute; tests that kill or starve a node
-start another, on a state directory that shares the first one's builds by hard links.
-"""
+"""Tests that kill or starve a node start another, on a state directory that shares the session's node's builds."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 import time
@@ -17,37 +14,6 @@ import pytest
 import leftovers
 from e2e.node import regions
 from harness import App, Relume, share_builds
-
-
-@pytest.fixture(scope="session")
-def workplace() -> Iterator[Path]:
-    """A directory for states and apps, on a real disk, below a 0700 one."""
-    place = Path("/var/tmp") / f"relume-test-{os.getpid()}"
-    place.mkdir(mode=0o700)
-    yield place
-    shutil.rmtree(place, ignore_errors=True)
-
-
-@pytest.fixture(scope="session")
-def relume(workplace: Path) -> Iterator[Relume]:
-    """The session's node, with a base already built."""
-    interfaces = leftovers.interfaces()
-    node = Relume(workplace / "state")
-    if made := os.environ.get(
-        "RELUME_TEST_BUILDS"
-    ):  # of a state directory on the same disk: no base is made then
-        node.state.mkdir(mode=0o700)
-        subprocess.run(["cp", "-al", made, str(node.state / "builds")], check=True)
-    node.start_node()
-    node_id = leftovers.node_id(node)
-    warm = App(workplace / "warm", "warm").write("serve()", checkpointing=False)
-    node.deploy(warm.directory)
-    yield node
-    node.close()
-    leftovers.soon_nothing(leftovers.of_node, node, node_id)
-    assert leftovers.interfaces() <= interfaces
-    log = node.log.read_text()
-    assert "Traceback" not in log, log[-8000:]
 
 
 @pytest.fixture

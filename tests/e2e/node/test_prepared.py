@@ -77,3 +77,18 @@ def test_it_gives_way_to_a_new_build_and_to_age(relume: Relume, app: App) -> Non
     relume.start(app.name)
     (new,) = until(lambda: prepared(relume, app))
     assert new["build_id"] == build
+
+
+def test_a_node_that_is_killed_with_one_waiting(second: Relume, app: App) -> None:
+    """Nobody knows whether its environment is today's: the next run of the node clears it and makes another."""
+    app.write(f"{SNIPPET}\nserve()", extra=PREPARED)
+    second.deploy(app.directory)
+    first = second.start(app.name)
+    (old,) = until(lambda: prepared(second, app))
+    second.kill_node()
+    second.start_node()
+    assert old["instance_id"] not in {row["instance_id"] for row in second.json("ps")}
+    (new,) = until(lambda: prepared(second, app), what="nothing was prepared after the restart")
+    taken = second.start(app.name)
+    assert (taken["instance_id"], taken["memory"]) == (new["instance_id"], "prepared")
+    assert get(taken, "/env") and get(first, "/env")

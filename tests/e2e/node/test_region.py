@@ -240,7 +240,7 @@ def test_bytes_that_turn_out_wrong_while_it_runs(region: Region) -> None:
 def test_the_store_goes_during_a_start(region: Region) -> None:
     with (
         servers.FaultProxy(region.endpoint) as proxy,
-        region.node("alone", endpoint=proxy.endpoint) as node,
+        region.node("alone", endpoint=proxy.endpoint, start_wait_s=3.0) as node,
     ):
         proxy.fault = "outage"
         started = node.start(region.app.name)

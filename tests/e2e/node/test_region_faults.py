@@ -164,6 +164,7 @@ def test_the_store_is_gone_for_a_while(region: Region, seconds: int) -> None:
         assert uploads.json("checkpoints", "verify", checkpoint_id)["ok"]
 
 
+@pytest.mark.slow  # a store that is waited for: 90 s
 def test_memory_that_does_not_come_in_time(region: Region) -> None:
     """The fault is held as long as node.toml says; then the instance ends, and another takes its place."""
     with (

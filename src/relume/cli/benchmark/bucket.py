@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -69,21 +70,40 @@ def bucket(root: Path) -> Iterator[Bucket]:
 @contextlib.contextmanager
 def narrow_road(bucket: Bucket, bytes_per_second: int, log: Path) -> Iterator[str]:
     """Another endpoint of ``bucket``, through which at most ``bytes_per_second`` pass in each direction."""
-    port = free_port()
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=256) as listening,
+        road_behind(listening, bucket, log, bytes_per_second),
+    ):
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def road_behind(
+    listening: socket.socket, bucket: Bucket, log: Path, bytes_per_second: int | None = None
+) -> Iterator[None]:
+    """What connects to ``listening``, a socket of whatever network, reaches ``bucket`` while the block runs."""
     upstream = bucket.endpoint.removeprefix("http://")
-    command = [sys.executable, "-m", __name__, upstream, str(port), str(bytes_per_second)]
-    with running(command, port, log) as endpoint:
-        yield endpoint
+    descriptor = listening.fileno()
+    command = [sys.executable, "-m", __name__, upstream, str(descriptor), str(bytes_per_second or 0)]
+    with log.open("wb") as out:
+        road = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=(descriptor,)
+        )
+    try:
+        yield  # what connects before the road is there waits in the backlog
+    finally:
+        road.kill()
+        road.wait()
 
 
 # --- the road's own process -----------------------------------------------------------------------
 
 
-def _serve(upstream: str, port: int, bytes_per_second: int) -> None:
+def _serve(upstream: str, listening: int, bytes_per_second: int | None) -> None:
     there = Throttle(bytes_per_second, burst_s=_BURST_SECONDS)
     back = Throttle(bytes_per_second, burst_s=_BURST_SECONDS)
     host, _, upstream_port = upstream.partition(":")
-    with socket.create_server(("127.0.0.1", port), backlog=256) as server:
+    with socket.socket(fileno=listening) as server:
         while True:
             client, _ = server.accept()
             peer = socket.create_connection((host, int(upstream_port)))
@@ -112,10 +132,10 @@ def _pass(source: socket.socket, sink: socket.socket, throttle: Throttle) -> Non
 def _main() -> None:
     parser = argparse.ArgumentParser(description="Forward TCP to UPSTREAM, so many bytes a second each way.")
     parser.add_argument("upstream")
-    parser.add_argument("port", type=int)
-    parser.add_argument("bytes_per_second", type=int)
+    parser.add_argument("listening", type=int, help="descriptor of a listening socket")
+    parser.add_argument("bytes_per_second", type=int, help="0: as fast as it goes")
     options = parser.parse_args()
-    _serve(options.upstream, options.port, options.bytes_per_second)
+    _serve(options.upstream, options.listening, options.bytes_per_second or None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Many nodes that start one build at the same moment: first from nothing, then from the one checkpoint."""
+"""Many nodes that start one build at the same moment: first from nothing, then from the one checkpoint.
+
+Each is a process with a state and a network of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from relume.cli.benchmark import measure
+from relume.cli.benchmark.bucket import road_behind
 from relume.cli.benchmark.measure import Say, Target
+from relume.cli.benchmark.network import network
 from relume.cli.benchmark.own_node import OwnNode
 from relume.cli.benchmark.region import Place, Row, read_before_the_answer, until
 from relume.cli.benchmark.workloads import Workload
+
+_BUCKET_PORT = 9000
+"""In every node's network."""
 
 
 def measure_crowd(place: Place, workload: Workload, count: int, say: Say) -> Row:
@@ -22,7 +30,7 @@ def measure_crowd(place: Place, workload: Workload, count: int, say: Say) -> Row
         say(f"{workload.name}: {count} nodes at once, no checkpoint anywhere")
         nodes = _deployed(stack, place, workload, app, count)
         began = _all(nodes, lambda node: node.start(app))
-        answers = _all(nodes, lambda node: workload.answer(_url(node, app)))
+        answers = _all(nodes, lambda node: node.ask(workload.answer, _url(node, app)))
         expected = answers[0]
         until(nodes[0], lambda: place.manifests() > 0)
         made = [
@@ -46,7 +54,7 @@ def measure_crowd(place: Place, workload: Workload, count: int, say: Say) -> Row
 
         def one(node: OwnNode) -> tuple[float, Any, dict[str, Any]]:
             started = node.start(app)
-            answer = workload.answer(str(started["url"]))
+            answer = node.ask(workload.answer, str(started["url"]))
             return time.monotonic() - since, answer, started
 
         arrived = _all(nodes, one)
@@ -76,7 +84,13 @@ def measure_crowd(place: Place, workload: Workload, count: int, say: Say) -> Row
 def _deployed(
     stack: contextlib.ExitStack, place: Place, workload: Workload, app: str, count: int
 ) -> list[OwnNode]:
-    nodes = [stack.enter_context(place.node()) for _ in range(count)]
+    nodes = []
+    for number in range(count):
+        own = stack.enter_context(network())
+        listening = stack.enter_context(own.listener(_BUCKET_PORT))
+        log = place.key.with_name(f"road-{number}.log")
+        stack.enter_context(road_behind(listening, place.bucket, log))
+        nodes.append(stack.enter_context(place.node(f"http://127.0.0.1:{_BUCKET_PORT}", own)))
     for node in nodes:
         node.deploy(workload.directory, app)
     for node in nodes:

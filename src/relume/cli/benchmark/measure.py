@@ -145,8 +145,8 @@ def deploy(
     node.settle()
     original = node.start(app, restore=False)
     facts = _await_checkpoint(node, app, original["instance_id"])
-    expected = workload.answer(original["url"])
-    answer_s = statistics.median(_timed(lambda: workload.answer(original["url"])) for _ in range(7))
+    expected = node.ask(workload.answer, original["url"])
+    answer_s = statistics.median(_timed(lambda: node.ask(workload.answer, original["url"])) for _ in range(7))
     node.stop(app)
     node.settle()
     images = node.images(facts["checkpoint_id"])
@@ -208,7 +208,7 @@ def start(node: OwnNode, target: Target, way: str) -> tuple[float, dict[str, Any
     workload = target.workload
     began = time.monotonic()
     started = node.start(target.app, **WAYS[way])
-    answer = workload.answer(started["url"])
+    answer = node.ask(workload.answer, started["url"])
     seconds = time.monotonic() - began
     if answer != target.expected:
         raise CallFailed(

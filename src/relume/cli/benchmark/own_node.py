@@ -13,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from relume.cli.benchmark.network import Network
 from relume.cli.client import NodeClient
 from relume.errors import HostError, NodeUnreachable, RelumeError
 
@@ -25,14 +26,24 @@ CACHE = Path("/var/cache/relume/bench")
 _RUN = Path("/run/relume")
 _PATIENCE = 60.0
 
+T = TypeVar("T")
+
 
 class OwnNode:
-    """A running node and its API. ``state`` is removed with it; ``config`` is its node.toml, if any."""
+    """A running node and its API. ``state`` is removed with it; ``config`` is its node.toml, if any.
+
+    With ``network`` it lives in that one, where also its instances' addresses are.
+    """
 
     def __init__(
-        self, state: Path, config: Path | None = None, environment: Mapping[str, str] | None = None
+        self,
+        state: Path,
+        config: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        network: Network | None = None,
     ) -> None:
         self.state = state
+        self._network = network
         self._arguments = ["--config", str(config)] if config else []
         self._environment = {**os.environ, **(environment or {}), "RELUME_STATE": str(state)}
         self.client = NodeClient(state)
@@ -42,9 +53,14 @@ class OwnNode:
 
     def open(self) -> None:
         """Start it; returns when it answers. Raises HostError."""
+        network = self._network
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "relume.cli.main", "node", "run", *self._arguments],
+                [
+                    *(network.command() if network else ()),
+                    *(sys.executable, "-m", "relume.cli.main", "node", "run", *self._arguments),
+                ],
+                pass_fds=(network.descriptor,) if network else (),
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -63,6 +79,10 @@ class OwnNode:
                         hint="relume doctor tests the machine",
                     ) from None
                 time.sleep(0.05)
+
+    def ask(self, question: Callable[[str], T], url: str) -> T:
+        """``question`` of an instance's ``url``, asked in the node's network."""
+        return self._network.run(lambda: question(url)) if self._network else question(url)
 
     def last_words(self, lines: int = 1) -> str:
         """The end of the node's log."""
@@ -155,7 +175,9 @@ class OwnNode:
 
 
 @contextlib.contextmanager
-def own_node(node_toml: str = "", environment: Mapping[str, str] | None = None) -> Iterator[OwnNode]:
+def own_node(
+    node_toml: str = "", environment: Mapping[str, str] | None = None, network: Network | None = None
+) -> Iterator[OwnNode]:
     """A node while the block runs, with these settings. Raises HostError where it cannot be started."""
     if os.geteuid() != 0:
         raise HostError("bench runs a node of its own, and a node needs root", hint="run it with sudo")
@@ -166,7 +188,7 @@ def own_node(node_toml: str = "", environment: Mapping[str, str] | None = None) 
     (state / "builds").symlink_to(builds)
     config = state / "node.toml"
     config.write_text(node_toml)
-    node = OwnNode(state, config, environment)
+    node = OwnNode(state, config, environment, network)
     try:
         node.open()
         try:

@@ -23,6 +23,7 @@ from typing import Any
 from relume.cli.benchmark import measure, page_cache
 from relume.cli.benchmark.bucket import CREDENTIALS, Bucket, bucket, narrow_road
 from relume.cli.benchmark.measure import Say, Target
+from relume.cli.benchmark.network import Network
 from relume.cli.benchmark.own_node import CACHE, OwnNode, own_node
 from relume.cli.benchmark.workloads import Workload
 from relume.errors import StartFailed
@@ -57,8 +58,8 @@ class Place:
     key: Path
 
     @contextlib.contextmanager
-    def node(self, endpoint: str | None = None) -> Iterator[OwnNode]:
-        """A new node of this region, which reaches the bucket through ``endpoint``."""
+    def node(self, endpoint: str | None = None, network: Network | None = None) -> Iterator[OwnNode]:
+        """A new node of this region, in ``network``, which reaches the bucket through ``endpoint``."""
         settings = {
             "store": {"url": self.bucket.url(self.prefix, endpoint)},
             "region": {"key_file": str(self.key)},
@@ -68,7 +69,7 @@ class Place:
             for table, values in settings.items()
             for line in (f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items()))
         ]
-        with own_node("\n".join(lines) + "\n", CREDENTIALS) as node:
+        with own_node("\n".join(lines) + "\n", CREDENTIALS, network) as node:
             yield node
 
     def objects(self, pattern: str) -> list[Path]:
