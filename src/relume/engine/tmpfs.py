@@ -7,8 +7,8 @@ are empty, and two processes for nothing take 4 ms each on an idle machine, ten 
 
 So CRIU finds a ``tar`` of ours first, a few lines of sh. At the dump it writes one line for a folder that is empty and
 read-only, in which nothing can ever have changed, and leaves gzip out for the rest. Once the app runs again
-:func:`lighten` finds the others of which a fresh mount is all there is. At a restore the line is all that is read of
-these. What is none of this goes to the real tar.
+:func:`lighten` finds the others of which a fresh mount is all there is. All these are described as mounts of a kind of
+which CRIU knows the name only ("auto"): it mounts them anew and runs nothing. What has contents goes to the real tar.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import re
 import shlex
 import shutil
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from relume.errors import HostError, ImageError
-from relume.images import read_image
+from relume.images import read_image, write_image
+from relume.images.proto import mnt_pb2
 
 _EMPTY = b"relume: an empty tmpfs\n"
 _PLAIN = b"relume: a tar archive follows\n"
@@ -94,14 +95,16 @@ def environment(base: Mapping[str, str], directory: Path) -> dict[str, str]:
 def lighten(images: Path) -> int:
     """Make the contents of tmpfs mounts in ``images`` cheap to restore; how many of them are empty.
 
-    Doing it twice changes nothing more. Raises ImageError for an archive that cannot be read.
+    CRIU has contents restored for the kinds of mounts that it knows by number (filesystems.c, fstypes), and mounts an
+    "auto" one by the name in ``fsname`` (mount.c, mnt_fsname). Doing it twice changes nothing more. Raises
+    ImageError for an archive that cannot be read.
     """
     modes = _modes(images)
-    empty = 0
+    empty = set()
     for path in images.glob("tmpfs-dev-*.tar.gz.img"):
         content = path.read_bytes()
+        device = int(path.name.removeprefix("tmpfs-dev-").removesuffix(".tar.gz.img"))
         if content != _EMPTY:
-            device = int(path.name.removeprefix("tmpfs-dev-").removesuffix(".tar.gz.img"))
             try:
                 archive = _archive(content)
                 lighter = _EMPTY if _is_fresh(archive, modes.get(device)) else _PLAIN + archive
@@ -110,8 +113,21 @@ def lighten(images: Path) -> int:
             if lighter != content:
                 path.write_bytes(lighter)
             content = lighter
-        empty += content == _EMPTY
-    return empty
+        if content == _EMPTY:
+            empty.add(device)
+    _mount_only(images, empty)
+    return len(empty)
+
+
+def _mount_only(images: Path, devices: Container[int]) -> None:
+    """Let CRIU only mount the tmpfs of these device numbers."""
+    for path in images.glob("mountpoints-*.img"):
+        mounts = read_image(path)
+        changed = [each for each in mounts if each.fstype == mnt_pb2.TMPFS and each.root_dev in devices]
+        for mount in changed:
+            mount.fstype, mount.fsname = mnt_pb2.AUTO, "tmpfs"
+        if changed:
+            write_image(path, mounts)
 
 
 def _archive(content: bytes) -> bytes:

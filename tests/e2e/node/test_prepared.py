@@ -82,6 +82,7 @@ def test_it_gives_way_to_a_new_build_and_to_age(relume: Relume, app: App) -> Non
 def test_a_node_that_is_killed_with_one_waiting(second: Relume, app: App) -> None:
     """Nobody knows whether its environment is today's: the next run of the node clears it and makes another."""
     app.write(f"{SNIPPET}\nserve()", extra=PREPARED)
+    second.start_node()
     second.deploy(app.directory)
     first = second.start(app.name)
     (old,) = until(lambda: prepared(second, app))

@@ -12,7 +12,7 @@ import pytest
 
 from relume.engine import tmpfs
 from relume.errors import ImageError
-from relume.images import write_image
+from relume.images import read_image, write_image
 from relume.images.proto import mnt_pb2
 
 EMPTY, PLAIN = b"relume: an empty tmpfs\n", b"relume: a tar archive follows\n"
@@ -31,7 +31,7 @@ def archive(*names: str, mode: int = 0o755, uid: int = 0) -> bytes:
 
 def images(place: Path, content: bytes, options: str = "mode=755,inode64") -> Path:
     mount = mnt_pb2.mnt_entry(
-        fstype=1,
+        fstype=mnt_pb2.TMPFS,
         mnt_id=1,
         root_dev=77,
         parent_mnt_id=0,
@@ -53,6 +53,8 @@ def test_a_fresh_mount_is_one_line(tmp_path: Path, packed) -> None:  # type: ign
     assert tmpfs.lighten(tmp_path) == 1
     assert stored.read_bytes() == EMPTY
     assert tmpfs.lighten(tmp_path) == 1
+    (mount,) = read_image(tmp_path / "mountpoints-9.img")
+    assert (mount.fstype, mount.fsname, mount.options) == (mnt_pb2.AUTO, "tmpfs", "mode=755,inode64")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,8 @@ def test_anything_else_is_kept(tmp_path: Path, content: bytes) -> None:
     stored = images(tmp_path, gzip.compress(content))
     assert tmpfs.lighten(tmp_path) == 0
     assert stored.read_bytes() == PLAIN + content
+    (mount,) = read_image(tmp_path / "mountpoints-9.img")
+    assert (mount.fstype, mount.fsname) == (mnt_pb2.TMPFS, "")
 
 
 def test_without_a_mode_it_is_the_file_system_s_own(tmp_path: Path) -> None:
