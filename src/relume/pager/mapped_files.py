@@ -12,12 +12,14 @@ copy's root, never above it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from blake3 import blake3
@@ -34,6 +36,9 @@ _VERSION = 1
 _MOST_BYTES = 1 << 20
 """Of the file; a recording that would be larger is none."""
 
+_AT_ONCE = 8
+"""Files that are asked for at the same time."""
+
 _ENTRY = 8
 _PRESENT = bytes(byte >> 7 for byte in range(256))
 """Of the last byte of an entry in /proc/PID/pagemap: bit 63. Pages that the app has changed count too: CRIU writes
@@ -44,7 +49,10 @@ _RUN = re.compile(rb"\x01(?:\x00{0,15}\x01)*")
 
 
 def touched(pids: Iterable[int]) -> Spans:
-    """What the page tables of these processes point to now in files; processes that end meanwhile are left out."""
+    """What the page tables of these processes point to now in files; processes that end meanwhile are left out.
+
+    Files of which nothing is in use are there too: a copy's are opened all the same.
+    """
     found: dict[str, dict[tuple[int, int], None]] = {}
     for pid in pids:
         try:
@@ -53,11 +61,12 @@ def touched(pids: Iterable[int]) -> Spans:
                 Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as table,
             ):
                 for start, end, offset, path in _mappings(maps):
+                    spans = found.setdefault(path, {})
                     table.seek(start // mmap.PAGESIZE * _ENTRY)
                     entries = table.read((end - start) // mmap.PAGESIZE * _ENTRY) or b""
                     for run in _RUN.finditer(entries[_ENTRY - 1 :: _ENTRY].translate(_PRESENT)):
                         low, high = (each * mmap.PAGESIZE for each in run.span())
-                        found.setdefault(path, {})[offset + low, high - low] = None
+                        spans[offset + low, high - low] = None
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
     return {path: list(spans) for path, spans in found.items()}
@@ -108,20 +117,20 @@ def read_ahead(root: Path, spans: Spans) -> None:
     except OSError:
         return
     try:
-        for path, ranges in spans.items():
-            try:
-                descriptor = files.open_below(
-                    top, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-                )
-            except OSError:
-                continue
-            try:
-                if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    for offset, length in ranges:
-                        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
-            except OSError:
-                continue
-            finally:
-                os.close(descriptor)
+        # Where a file lies the disk must be asked too, several times for each: CRIU does it file by file.
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="mapped-files") as pool:
+            for path, ranges in spans.items():
+                pool.submit(_ask, top, path, ranges)
     finally:
         os.close(top)
+
+
+def _ask(top: int, path: str, ranges: Iterable[tuple[int, int]]) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = files.open_below(top, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                for offset, length in ranges:
+                    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
