@@ -75,7 +75,11 @@ def test_without_a_mode_it_is_the_file_system_s_own(tmp_path: Path) -> None:
     assert tmpfs.lighten(tmp_path) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"neither", gzip.compress(archive())[:-9], PLAIN + b"no archive"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"neither", gzip.compress(archive())[:-9], PLAIN + b"no archive"],
+    ids=["empty", "neither", "cut short", "no archive"],
+)
 def test_damage_is_named(tmp_path: Path, content: bytes) -> None:
     images(tmp_path, content)
     with pytest.raises(ImageError, match="tmpfs-dev-77"):
