@@ -199,6 +199,7 @@ async def test_the_build_id(builder: Builder, write: Write, tmp_path: Path) -> N
     assert (await build(builder, app)).checkpointing is True
 
 
+@pytest.mark.slow  # everything is built twice
 async def test_a_second_node_gets_the_same_layers(builder: Builder, write: Write, tmp_path: Path) -> None:
     app = write(SAMPLE)
     here = await build(builder, app)

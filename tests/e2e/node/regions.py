@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from e2e import store_servers as servers
+import store_servers as servers
 from harness import SNIPPET, App, Relume, get, share_builds, until
 from relume.store import Region as Store
 from relume.store import RegionConfig, new_key_file
@@ -73,13 +73,13 @@ class Region:
     def node(
         self, name: str, *, prefix: str = "region", key: bool = True, endpoint: str = "", **settings: Any
     ) -> Iterator[Relume]:
-        """Another node of the region, which has the build."""
+        """Another node of the region, which has the build with its layers: nothing of it is to be fetched."""
         with node_of(
             self.root,
             name,
             servers.url(endpoint or self.endpoint, prefix=prefix),
             self.key if key else None,
-            self.relume,
+            self.first,
             **settings,
         ) as node:
             node.deploy(self.app.directory)

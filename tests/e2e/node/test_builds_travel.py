@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from e2e import store_servers as servers
+import store_servers as servers
 from e2e.node.regions import node_of
 from harness import SNIPPET, App, Relume, get, until
 from relume.store import new_key_file

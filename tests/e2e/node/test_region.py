@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from e2e import store_servers as servers
+import store_servers as servers
 from e2e.node.regions import Region, node_of
 from harness import Relume, get, until
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from e2e import store_servers as servers
+import store_servers as servers
 from e2e.node.regions import Region
 from harness import Relume, get, until
 

@@ -25,8 +25,7 @@ from relume.store import (
     new_key_file,
     read_from_files,
 )
-
-from .store_servers import PASSWORD, USER, FaultProxy, juicefs_gateway, localbucket, moto, url
+from store_servers import PASSWORD, USER, FaultProxy, juicefs_gateway, localbucket, moto, url
 
 PAGE = 4096
 Nodes = Callable[..., Region]

@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 
 from relume.store import Region, RegionConfig, faults, new_key_file
-
-from .store_servers import PASSWORD, USER, localbucket, url
+from store_servers import PASSWORD, USER, localbucket, url
 
 PAGE = 4096
 

@@ -20,8 +20,7 @@ from relume.store import (
     new_key_file,
     read_from_files,
 )
-
-from .store_servers import PASSWORD, USER, FaultProxy, localbucket, url
+from store_servers import PASSWORD, USER, FaultProxy, localbucket, url
 
 PAGE = (Path(__file__).parents[2] / "docs/region.md").read_text()
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
