@@ -28,8 +28,8 @@ _REGION_WORKLOADS = ("model", "python-web")
 """One for transfers and first answers, one for many nodes at once."""
 _CLONE_WAYS = ("criu-eager", "learned")
 
-_ROOM = 2.2
-"""Memory to be free, as a multiple of what a workload holds: once as memory, once in the page cache."""
+_ROOM = 1.1
+"""Memory to be free, as a multiple of what all instances hold and the images take in the page cache."""
 
 
 def configure(parser: Parser) -> None:
@@ -106,7 +106,7 @@ def bench(options: Namespace) -> int:
         for name in dict.fromkeys(options.workloads or _WORKLOADS):
             workload = WORKLOADS[name]
             try:
-                _require_memory(workload.memory_bytes * (options.clones or 1), name)
+                _require_memory(workload.memory_bytes, name, instances=options.clones or 1)
                 if options.clones:
                     rows += _clones(node, workload, ways, options, screen.step)
                 else:
@@ -148,7 +148,9 @@ def _region(options: Namespace, screen: Screen) -> int:
     rows: list[dict[str, Any]] = []
     try:
         _require_memory(one.memory_bytes, one.name)
-        _require_memory(many.memory_bytes * options.nodes, f"{options.nodes} x {many.name}")
+        _require_memory(
+            many.memory_bytes, f"{options.nodes} x {many.name}", instances=options.nodes, images=options.nodes
+        )
         rows.extend(region.run(one, many, options.nodes, options.runs, screen.step))
     finally:
         if screen.as_json:
@@ -190,10 +192,13 @@ def _clones(
     return clones.rows(target, flights, options.clones)
 
 
-def _require_memory(held: int, name: str) -> None:
-    """Raises HostError where the workload would push the machine, and what else runs on it, out of memory."""
+def _require_memory(held: int, name: str, *, instances: int = 1, images: int = 1) -> None:
+    """Raises HostError where the workload would push the machine, and what else runs on it, out of memory.
+
+    ``held`` are the bytes of one instance, and of one checkpoint's images.
+    """
     available = memory.machine().available
-    if (needed := round(held * _ROOM)) > available:
+    if (needed := round(held * (instances + images) * _ROOM)) > available:
         raise HostError(
             f"{name} needs {size(needed)} of memory and {size(available)} are available",
             hint="fewer clones, or another --workload",
