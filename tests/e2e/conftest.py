@@ -1,4 +1,4 @@
-"""End-to-end tests need root, real runc and CRIU, and more time than unit tests.
+"""End-to-end tests need root, real runc and CRIU.
 
 One node serves the whole session, because making a base takes half a minute; others share its builds by hard links.
 """
@@ -16,15 +16,11 @@ import pytest
 import leftovers
 from harness import App, Relume
 
-_TIMEOUT = 300
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "e2e" not in item.path.parts:
             continue
-        if item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(_TIMEOUT))
         if os.geteuid() != 0:
             item.add_marker(pytest.mark.skip(reason="needs root"))
 
