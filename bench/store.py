@@ -53,7 +53,7 @@ def measure_chunks(scratch: Path) -> None:
     for version, file in enumerate(files):
         memory_of_a_run(version, 24, file)
     default = (chunks.MIN_PAGES, chunks._MEAN, chunks.MAX_PAGES)
-    for sizes in ((1, 8, 64), (16, 64, 512), (64, 128, 1024), default, (256, 512, 2048)):
+    for sizes in ((1, 8, 64), (16, 64, 512), (64, 128, 1024), (64, 256, 1024), default, (256, 512, 2048)):
         chunks.MIN_PAGES, chunks._MEAN, chunks.MAX_PAGES = sizes
         stored: dict[bytes, int] = {}
         added, count, pages_in = [], 0, 0

@@ -12,6 +12,7 @@ decrypted with authentication and its id computed again.
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,12 +23,12 @@ from blake3 import blake3
 
 from relume.errors import Untrusted
 from relume.store import faults
-from relume.store.envelope import Kind, seal, stored_limit, unseal
+from relume.store.envelope import Kind, seal, stored_limit, unseal_into
 from relume.store.keys import Epoch
 from relume.store.objects import Objects
 
 PAGE = 4096
-MIN_PAGES = 64
+MIN_PAGES = 256
 MAX_PAGES = 1024
 _MEAN = 256  # a cut every so many pages, past the minimum
 _BLOCK = 4 << 20
@@ -120,6 +121,7 @@ class Chunks:
     def __init__(self, objects: Objects, tenant: Tenant) -> None:
         self._objects = objects
         self.tenant = tenant
+        self._of_thread = threading.local()
 
     def id(self, pages: bytes | memoryview) -> bytes:
         return blake3(pages, key=self.tenant.id_key).digest()
@@ -142,18 +144,22 @@ class Chunks:
         self._objects.put(self.name(chunk_id), sealed)
         faults.point("publish.chunk")
 
-    def get(self, chunk_id: bytes, pages: int, *, fresh: bool = False) -> bytes:
-        """The chunk's pages. Raises ObjectMissing, StoreError, and Untrusted for other bytes than were stored."""
+    def get(self, chunk_id: bytes, pages: int, *, fresh: bool = False) -> bytes | memoryview:
+        """The chunk's pages, good until this thread's next call.
+
+        Raises ObjectMissing, StoreError, and Untrusted for other bytes than were stored.
+        """
         data = self._objects.get(self.name(chunk_id), limit=stored_limit(Kind.CHUNK), fresh=fresh)
         plain = self.open(chunk_id, data)
         if len(plain) != pages * PAGE:
             raise Untrusted(f"{self.name(chunk_id)} holds {len(plain)} bytes, not {pages} pages")
         return plain
 
-    def open(self, chunk_id: bytes, sealed: bytes | memoryview) -> bytes:
-        """The pages in a chunk's object. Raises Untrusted."""
+    def open(self, chunk_id: bytes, sealed: bytes | memoryview) -> bytes | memoryview:
+        """The pages in a chunk's object, good until this thread's next call. Raises Untrusted."""
         name = self.name(chunk_id)
-        plain = unseal(self.tenant.chunk_key(chunk_id), Kind.CHUNK, name, sealed)
+        scratch = self._of_thread.__dict__.setdefault("scratch", bytearray())
+        plain = unseal_into(scratch, self.tenant.chunk_key(chunk_id), Kind.CHUNK, name, sealed)
         if self.id(plain) != chunk_id:
             raise Untrusted(f"{name} holds other pages than its name says")
         return plain

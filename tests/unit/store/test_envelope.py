@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from relume.errors import Untrusted
 from relume.store import envelope
-from relume.store.envelope import LIMITS, Kind, new_data_key, seal, seal_signed, unseal, unseal_signed, zstd
+from relume.store.envelope import (
+    LIMITS,
+    Kind,
+    new_data_key,
+    seal,
+    seal_signed,
+    unseal,
+    unseal_into,
+    unseal_signed,
+    zstd,
+)
 from relume.store.keys import Epoch, Keyring
 
 EPOCH, OTHER = Epoch(b"s" * 32, b"k" * 32), Epoch(b"t" * 32, b"l" * 32)
@@ -34,6 +44,24 @@ def test_what_does_not_compress_is_stored_as_it_is(size: int) -> None:
     assert unseal(KEY, Kind.CHUNK, "n", sealed) == noise
     assert unseal(KEY, Kind.CHUNK, "n", sealed) == zstd.decompress(envelope._pack(noise))
     assert len(seal(KEY, Kind.CHUNK, "n", bytes(range(250)) * (size // 250))) < size / 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 400_000), st.booleans()), min_size=1, max_size=6))
+def test_memory_that_is_used_again_keeps_nothing_of_what_was_in_it(objects: list[tuple[int, bool]]) -> None:
+    scratch = bytearray()
+    for number, (size, noise) in enumerate(objects):
+        plain = random.Random(number).randbytes(size) if noise else bytes([number]) * size
+        assert unseal_into(scratch, KEY, Kind.CHUNK, "n", seal(KEY, Kind.CHUNK, "n", plain)) == plain
+
+
+@pytest.mark.parametrize("at", [0, 4, 5, 9, 11, 12 + (128 << 10), 14 + (128 << 10)])
+def test_a_frame_that_is_raw_but_for_one_bit_is_refused(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = bytearray(envelope._raw_frame(random.Random(1).randbytes(200_000)))
+    frame[at] ^= 2  # magic, descriptor, size, head of the first block, of the second
+    monkeypatch.setattr(envelope, "_pack", lambda plain: bytes(frame))
+    sealed = seal(KEY, Kind.CHUNK, "n", b"")
+    with pytest.raises(Untrusted):
+        unseal(KEY, Kind.CHUNK, "n", sealed)
 
 
 @given(st.data())
