@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the measured tables into README.md, docs/bench.md and docs/region.md: `bench/render.py [--check]`.
+"""Writes the measured tables into README.md and the pages of docs/: `bench/render.py [--check]`.
 
 The rows are those of `bench/results/*.json`, as `relume bench --json` printed them; no figure is typed by hand.
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`. `--check` writes nothing and exits 1 where a
@@ -18,7 +18,7 @@ from relume.cli.benchmark import report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
-PAGES = (ROOT / "README.md", ROOT / "docs/bench.md", ROOT / "docs/region.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("bench.md", "region.md", "vllm.md")))
 
 _BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
@@ -36,11 +36,27 @@ def tables() -> dict[str, list[str]]:
         "dropped": report.markdown(measured, cache="dropped"),
         "clones": report.markdown_clones(rows("clones.json")),
         "held": report.markdown(rows("held.json"), cache="warm"),
+        "vllm": report.markdown(rows("vllm.json"), cache="warm"),
+        "vllm-parts": _parts(rows("vllm.json")),
         "region": report.markdown_region(rows("region.json")),
         "freeze": report.markdown_freeze(measured),
         "stages": report.markdown_stages(measured),
         "chart": ["```", *report.chart([row for row in measured if _charted(row)])[1:], "```"],
     }
+
+
+def _parts(measured: list[dict[str, Any]]) -> list[str]:
+    """What the first answers of one workload consist of, as a list."""
+    if not measured:
+        return []
+    one, freeze = measured[0], measured[0]["freeze"]
+    ready = ", ".join(f"`{row['way']}` {report.time(row['stages']['ready'])}" for row in measured)
+    return [
+        f"- ready: {ready}",
+        f"- the same answer from the warm original: {report.time(one['answer_s'])}",
+        f"- its checkpoint: {report.mega(one['image_bytes'])}; it stood still for {report.time(freeze['frozen_s'])}, "
+        f"of which {report.time(freeze['memwrite_s'])} went into writing pages",
+    ]
 
 
 def _charted(row: dict[str, Any]) -> bool:

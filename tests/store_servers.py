@@ -155,6 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
             until = time.monotonic() + self.owner.latency_s
             while self.owner.fault == "latency" and time.monotonic() < until:
                 time.sleep(0.02)
+            if self.owner.fault == "outage":
+                return self.reset()  # a store that goes takes with it what was on its way
         if fault in ("500", "503"):
             return self.answer(int(fault), {}, b"<Error><Code>SlowDown</Code></Error>")
         connection = http.client.HTTPConnection(self.upstream_address, timeout=60)

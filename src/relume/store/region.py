@@ -99,7 +99,8 @@ class Region:
 
         Raises Conflict (`reason` in its details is `in_progress`) while another instance anywhere is at it.
         """
-        return self.leases.acquire(lease(build, platform), tenant=app)
+        seen = self._seen.newest(build, platform)  # of a bucket that was emptied since, perhaps
+        return self.leases.acquire(lease(build, platform), above=seen, tenant=app)
 
     def publish(
         self,
@@ -114,7 +115,7 @@ class Region:
         With `mend` all of it is sent, in the place of what the store has and may be damaged. Raises Superseded,
         StoreError.
         """
-        return publish(
+        manifest = publish(
             self.objects,
             self.keyring,
             self.leases,
@@ -126,6 +127,8 @@ class Region:
             scratch=self._scratch,
             mend=mend,
         )
+        self._seen.accept(manifest.name)
+        return manifest
 
     def publish_working_set(
         self, manifest: Manifest, runs: Iterable[PageRun], read: Callable[[PageRun], bytes]
@@ -274,7 +277,8 @@ class Region:
 
     def build_lease(self, inputs: str) -> Lease:
         """The right to make and publish the build of these inputs; used as that of a checkpoint. Raises Conflict."""
-        return self.leases.acquire(lease(inputs, _BUILD), tenant=LAYERS)
+        seen = self._seen.newest(inputs, _BUILD)
+        return self.leases.acquire(lease(inputs, _BUILD), above=seen, tenant=LAYERS)
 
     def is_building(self, inputs: str) -> bool:
         """Does another node hold that right, as far as can be told?"""

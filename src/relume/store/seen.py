@@ -33,6 +33,11 @@ class Seen:
                 hint="Remove it if you know why it is; old checkpoints are accepted once then.",
             ) from None
 
+    def newest(self, build: str, platform: str) -> int:
+        """The newest generation of it that was ever seen here; 0 for none. What this node makes is to be newer."""
+        with self._lock:
+            return self._newest.get(f"{build}/{platform}", 0)
+
     def accept(self, name: CheckpointName) -> None:
         """Remember `name`, or raise Untrusted if a newer generation was seen here before."""
         key = f"{name.build}/{name.platform}"

@@ -43,7 +43,7 @@ CLONES = [row("learned", 0.3, clones=8, last_answer_s=0.5, pss_bytes=420_000_000
 
 class TestArguments:
     def test_the_command_and_its_parts_know_the_same_names(self) -> None:
-        assert set(bench._WORKLOADS) == set(WORKLOADS)
+        assert {*bench._WORKLOADS, *bench._ON_REQUEST} == set(WORKLOADS)
         assert set(bench._WAYS) == set(measure.WAYS)
         assert set(bench._CACHES) == set(measure.CACHES)
 

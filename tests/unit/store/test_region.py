@@ -178,6 +178,25 @@ def test_an_older_genuine_manifest_is_refused(
         node("b").find("build-1", "x86-1")
 
 
+def test_a_bucket_that_was_emptied_goes_on_where_it_was(
+    node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path
+) -> None:
+    """Nodes that have seen generation 2 of a build would refuse what a store begins to count anew."""
+    a, b = node("a"), node("b")
+    published(a, checkpoint)
+    newest = published(a, checkpoint)
+    publish_build(a, "an-app", "inputs", "d" * 64, checkpoint.images / "pages-1.img")
+    assert b.find("build-1", "x86-1") == a.manifest(newest)
+    assert b.find_build("an-app", "inputs") is not None
+    for left in (tmp_path / "store").iterdir():
+        shutil.rmtree(left)
+    for maker, generation in ((a, 3), (node("b"), 4)):
+        assert published(maker, checkpoint).generation == generation
+        found = node("b").find("build-1", "x86-1")
+        assert found is not None and found.name.generation == generation
+    assert publish_build(b, "an-app", "inputs", "d" * 64, checkpoint.images / "pages-1.img").number == 2
+
+
 def test_a_manifest_under_another_name_is_refused(
     node: Nodes, checkpoint: LocalCheckpoint, tmp_path: Path
 ) -> None:
