@@ -25,7 +25,7 @@ from relume.errors import Untrusted
 from relume.store import faults
 from relume.store.envelope import Kind, seal, stored_limit, unseal_into
 from relume.store.keys import Epoch
-from relume.store.objects import Objects
+from relume.store.objects import Data, Objects
 
 PAGE = 4096
 MIN_PAGES = 256
@@ -74,14 +74,14 @@ class Splitter:
         self._cut = cut
 
     def __iter__(self) -> Iterator[bytes]:
-        parts: list[bytes] = []
+        parts: list[memoryview] = []  # of blocks, so that their bytes are copied once, when they are joined
         pages = zeros = data = 0
         for block in self._blocks():
             start, view = -1, memoryview(block)  # start of the current data pages within this block
             for at in range(0, len(block), PAGE):
                 if block.startswith(_ZERO, at):
                     if start >= 0:
-                        parts.append(block[start:at])
+                        parts.append(view[start:at])
                         start = -1
                     if data:
                         self.runs.append((zeros, data))
@@ -93,13 +93,13 @@ class Splitter:
                 data += 1
                 pages += 1
                 if pages >= MIN_PAGES and (pages == MAX_PAGES or self._cuts_after(view, at)):
-                    parts.append(block[start : at + PAGE])
+                    parts.append(view[start : at + PAGE])
                     start = -1
                     yield b"".join(parts)
                     parts.clear()
                     pages = 0
             if start >= 0:
-                parts.append(block[start:])
+                parts.append(view[start:])
         if parts:
             yield b"".join(parts)
         if zeros or data:
@@ -137,10 +137,10 @@ class Chunks:
             if info.size > _EMPTY_OBJECT
         }
 
-    def seal(self, chunk_id: bytes, pages: bytes) -> bytes:
+    def seal(self, chunk_id: bytes, pages: bytes) -> bytearray:
         return seal(self.tenant.chunk_key(chunk_id), Kind.CHUNK, self.name(chunk_id), pages)
 
-    def store(self, chunk_id: bytes, sealed: bytes) -> None:
+    def store(self, chunk_id: bytes, sealed: Data) -> None:
         self._objects.put(self.name(chunk_id), sealed)
         faults.point("publish.chunk")
 

@@ -79,10 +79,10 @@ def new_data_key() -> bytes:
     return secrets.token_bytes(KEY_BYTES)
 
 
-def seal(key: bytes, kind: Kind, name: str, plain: bytes) -> bytes:
+def seal(key: bytes, kind: Kind, name: str, plain: bytes) -> bytearray:
     """One object for the store: compressed, then encrypted under `key`, bound to `kind` and `name`."""
     head = _HEAD.pack(_MAGIC, FORMAT, kind)
-    return b"".join((head, *_encrypt(key, head + name.encode(), plain, kind, name)))
+    return _encrypt(key, head, name, plain, kind)
 
 
 def unseal(key: bytes, kind: Kind, name: str, data: bytes | memoryview) -> bytes:
@@ -115,7 +115,7 @@ def seal_signed(keyring: Keyring, kind: Kind, name: str, plain: bytes, data_key:
     epoch = keyring.writer
     wrapped = keyring.wrapper(epoch).wrap(name, data_key)
     head = _SIGNED_HEAD.pack(_MAGIC, FORMAT, kind, epoch.id, len(wrapped)) + wrapped
-    sealed = b"".join((head, *_encrypt(data_key, head + name.encode(), plain, kind, name)))
+    sealed = bytes(_encrypt(data_key, head, name, plain, kind))
     return sealed + epoch.private_key.sign(_signed_message(name, sealed))
 
 
@@ -156,13 +156,18 @@ def _check_head(data: bytes | memoryview, least: int, kind: Kind, name: str) -> 
     return bytes(data[: _HEAD.size])
 
 
-def _encrypt(key: bytes, bound: bytes, plain: bytes, kind: Kind, name: str) -> tuple[bytes, bytes]:
+def _encrypt(key: bytes, head: bytes, name: str, plain: bytes, kind: Kind) -> bytearray:
+    """`head`, a nonce, and `plain` packed and encrypted."""
     if len(plain) > LIMITS[kind]:
         raise Untrusted(
             f"{name} would have {len(plain)} bytes; a {kind.name.lower()} has at most {LIMITS[kind]}"
         )
-    nonce = secrets.token_bytes(_NONCE)
-    return nonce, AESGCM(key).encrypt(nonce, _pack(plain), bound)
+    packed, nonce = _pack(plain), secrets.token_bytes(_NONCE)
+    begin = len(head) + _NONCE
+    sealed = bytearray(begin + len(packed) + _TAG)
+    sealed[:begin] = head + nonce
+    AESGCM(key).encrypt_into(nonce, packed, head + name.encode(), memoryview(sealed)[begin:])
+    return sealed
 
 
 def _pack(plain: bytes) -> bytes:

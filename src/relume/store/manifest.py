@@ -35,7 +35,7 @@ class ObjectRef(Record):
     blake3: Digest
 
     @classmethod
-    def of(cls, stored: bytes | memoryview) -> ObjectRef:
+    def of(cls, stored: bytes | bytearray | memoryview) -> ObjectRef:
         return cls(size=len(stored), blake3=blake3(stored).hexdigest())
 
     def fetch(self, objects: Objects, name: str, kind: Kind, *, fresh: bool = False) -> memoryview:

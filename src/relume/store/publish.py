@@ -22,7 +22,7 @@ from relume.store.keys import Keyring
 from relume.store.lease import Lease, Leases
 from relume.store.manifest import Manifest, ObjectRef, Sizes
 from relume.store.names import CheckpointName
-from relume.store.objects import Objects
+from relume.store.objects import Data, Objects
 from relume.store.upload import Limits, Progress, upload_streams
 
 FILES_STREAM = "files.tar"
@@ -150,7 +150,7 @@ def wait_for_sweep(leases: Leases, lease: Lease) -> None:
         time.sleep(min(1.0, leases.seconds / 10))
 
 
-def _create(objects: Objects, name: str, data: bytes) -> None:
+def _create(objects: Objects, name: str, data: Data) -> None:
     """These names carry our fencing token: only an earlier attempt under the same lease can have made them."""
     if not objects.create(name, data):
         raise StoreError(f"{name} exists already, with other bytes", hint="Publish again under a new lease.")

@@ -38,6 +38,7 @@ class Transfers:
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def timed(self, what: str, work: Callable[[], object]) -> None:
+        os.sync()  # what the way before has left to be written must not be this one's burden
         began = time.monotonic()
         work()
         self.seconds.setdefault(what, []).append(time.monotonic() - began)
