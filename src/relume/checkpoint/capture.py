@@ -377,9 +377,10 @@ class Capturer:
         integrity.record(images)
         hashed = time.monotonic()
         times = edit.read_stats(directory / "work")
-        left = held.survey(
-            subject.upper, directory / "held", id_base=subject.id_base, mounted=_mounted(subject)
-        )
+        mounted = _mounted(subject)
+        if subject.filesystem != "all":
+            held.add_directories(subject.upper, directory / "held", id_base=subject.id_base, mounted=mounted)
+        left = held.survey(subject.upper, directory / "held", id_base=subject.id_base, mounted=mounted)
         return Checkpoint(
             checkpoint_id=f"cp-{intent.dump_id}",
             app=subject.app,

@@ -105,13 +105,15 @@ class Copier:
     """Copies entries of a :class:`Tree` to the same paths below ``target``, which must exist.
 
     Directories get their attributes in :meth:`finish`, because making an entry changes the times of the
-    directory above it. Hard links between copied entries stay hard links.
+    directory above it. Hard links between copied entries stay hard links. With ``onto`` the directories that
+    ``target`` has stay as they are, and a source that lives may lose some meanwhile.
     """
 
-    def __init__(self, source: Tree, target: Path, shift: Shift) -> None:
+    def __init__(self, source: Tree, target: Path, shift: Shift, *, onto: bool = False) -> None:
         self._source = source
         self._target = Tree(target)
         self._shift = shift
+        self._onto = onto
         self._directories: dict[str, os.stat_result] = {}
         self._linked: dict[tuple[int, int], str] = {}
         self._clone = True
@@ -123,7 +125,7 @@ class Copier:
 
     def directory(self, path: str) -> bool:
         """Copy directory ``path`` and those above it; False if the source has no such directory."""
-        if path in self._directories:
+        if path in self._directories or (self._onto and self._target.stat(path) is not None):
             return True
         status = self._source.stat(path)
         if status is None or not stat.S_ISDIR(status.st_mode):
@@ -169,9 +171,13 @@ class Copier:
         for path in sorted(self._directories, key=lambda path: path.count("/") if path else -1, reverse=True):
             self._source.trim()
             self._target.trim()
-            self._attributes(
-                self._source.directory(path), self._target.directory(path), self._directories[path]
-            )
+            try:
+                source = self._source.directory(path)
+            except (FileNotFoundError, NotADirectoryError):
+                if self._onto:
+                    continue  # gone since; the copy of it stays private to root
+                raise
+            self._attributes(source, self._target.directory(path), self._directories[path])
 
     def _link(self, status: os.stat_result, path: str, name: str, there: int) -> bool:
         key = (status.st_dev, status.st_ino)

@@ -6,7 +6,9 @@ opens it with another size. :func:`capture` copies it while everything is frozen
 into a fresh layer, :func:`survey` says what was left behind.
 
 Guarantees: what a process held at the freeze is in the copy as it was at the freeze, with the directories
-above it, mode, times, extended attributes, holes, and owners as the container sees them (0-based).
+above it, mode, times, extended attributes, holes, and owners as the container sees them (0-based). Directories
+that the app made are in it too, empty but for what was held (:func:`add_directories`): a program makes them once,
+at its start, and writes into them for as long as it runs.
 Not: device and inode numbers (see the warnings of :class:`HeldReport`), names that nobody held, and what
 CRIU keeps by itself: deleted files without any name ("ghosts"), and everything on a tmpfs of the container,
 ``/dev/shm`` with its POSIX semaphores among them.
@@ -41,6 +43,10 @@ _ID_COUNT = 65536
 _NOBODY = 65534
 _LINK_REMAP = "link_remap."
 _NAMES_SHOWN = 10
+_DIRECTORIES_ADDED = 1000
+# How overlay marks a directory of the writable layer that goes on from one of a lower layer, in any case
+# (copy_up.c, ovl_set_origin).
+_COPIED_UP = "trusted.overlay.origin"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,6 +117,38 @@ def capture(
         copier.close()
         source.close()
     return HeldReport(copier.files, copier.bytes, tuple(sqlite_warnings(held)))
+
+
+def add_directories(upper: Path, dest: Path, *, id_base: int, mounted: Collection[str] = ()) -> None:
+    """Add to ``dest`` the directories of ``upper`` that the app made and nobody held.
+
+    To be called after the thaw, for it walks the whole layer. At most a thousand are added, those nearest to the root,
+    since each start makes them anew. Not added: directories of a lower layer that the app only changed, and what the
+    runtime made: owners outside the container's range, and what is ``mounted``.
+    """
+
+    def shift(owner: int) -> int:
+        return owner - id_base if 0 <= owner - id_base < _ID_COUNT else _NOBODY
+
+    layer = Tree(upper)
+    copier = Copier(layer, dest, shift, onto=True)
+    made = []
+    try:
+        for path, status in layer.walk():
+            if not stat.S_ISDIR(status.st_mode) or f"/{path}" in mounted:
+                continue
+            try:
+                marks = os.listxattr(layer.directory(path))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            if _COPIED_UP not in marks and 0 <= status.st_uid - id_base < _ID_COUNT:
+                made.append(path)
+        for path in sorted(made, key=lambda path: path.count("/"))[:_DIRECTORIES_ADDED]:
+            copier.directory(path)
+        copier.finish()
+    finally:
+        copier.close()
+        layer.close()
 
 
 def expected_bytes(pids: Sequence[int], *, rootfs: Path, upper: Path) -> int:

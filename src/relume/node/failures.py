@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Protocol
 from relume.build import Build
 from relume.checkpoint.capture import Capturer
 from relume.checkpoint.shelf import Checkpoint, Shelf
-from relume.errors import GpuUnavailable, ImageError, NotFound, RelumeError, StoreError, Untrusted
+from relume.errors import (
+    GpuUnavailable,
+    ImageError,
+    NotFound,
+    RelumeError,
+    StartFailed,
+    StoreError,
+    Untrusted,
+)
 from relume.node.background import Background
 from relume.node.bringup import BringUp
 from relume.node.ending import Ending
@@ -70,8 +78,11 @@ class Failures:
     ) -> str:
         """Count it against the checkpoint; returns what ``start`` says."""
         if copy is not None:
-            return f"restore failed: {await self._count_of_copy(copy, build, error)}"
-        return f"restore failed: {self._count(checkpoint.checkpoint_id, build, error)}"
+            why = await self._count_of_copy(copy, build, error)
+        else:
+            why = self._count(checkpoint.checkpoint_id, build, error)
+        perhaps = _missed(checkpoint) if isinstance(error, StartFailed) else ""
+        return f"restore failed: {why}{perhaps}"
 
     async def replace(self, instance: Instance) -> None:
         """A new instance in the place of one whose memory failed it."""
@@ -139,6 +150,18 @@ class Failures:
         finally:
             if instance is not None:
                 await self._ending.stop(instance)
+
+
+def _missed(checkpoint: Checkpoint) -> str:
+    """What a copy that came up and was not well may have missed."""
+    left = checkpoint.left_behind
+    if not (count := left.get("count", 0) - left.get("cache_count", 0)):
+        return ""
+    first = ", ".join(left["names"][: min(count, 3)])
+    return (
+        f"; {count} files that it wrote before the checkpoint are not in its copies ({first}{', ...' * (count > 3)}): "
+        '[relume.checkpoint] filesystem = "all" brings them along'
+    )
 
 
 def _words(error: Exception) -> str:

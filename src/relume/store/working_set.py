@@ -20,7 +20,15 @@ from pydantic import Field
 from relume.errors import ObjectMissing, StoreError, Untrusted
 from relume.store import faults
 from relume.store.chunks import PAGE
-from relume.store.envelope import Kind, new_data_key, seal, seal_signed, stored_limit, unseal, unseal_signed
+from relume.store.envelope import (
+    Kind,
+    new_data_key,
+    seal,
+    seal_signed,
+    stored_limit,
+    unseal_into,
+    unseal_signed,
+)
 from relume.store.index import Stream
 from relume.store.keys import Keyring
 from relume.store.manifest import Count, Digest, ObjectRef, Record, Text, parse
@@ -92,7 +100,7 @@ class WorkingSet:
         for stream, first, pages in self.parts[part].runs:
             yield PageRun(self._streams[stream], first, pages)
 
-    def fetch(self, part: int) -> bytes:
+    def fetch(self, part: int) -> bytes | memoryview:
         """The pages of part `part`. Raises Untrusted, ObjectMissing, StoreError.
 
         What authenticates them is AES-GCM, under the data key that the signed list wraps and with the part's name: a
@@ -100,7 +108,7 @@ class WorkingSet:
         """
         name = f"{self._prefix}/{part}"
         data = self._objects.get(name, limit=stored_limit(Kind.WORKING_SET_PART))
-        plain = unseal(self._data_key, Kind.WORKING_SET_PART, name, data)
+        plain = unseal_into(bytearray(), self._data_key, Kind.WORKING_SET_PART, name, data)
         if len(plain) != self.parts[part].pages * PAGE:
             raise Untrusted(f"{name} holds other pages than its list says")
         return plain

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,67 @@ def test_a_deep_and_wide_tree_needs_few_descriptors(tmp_path: Path, upper: Path)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     left = held.survey(root, upper, id_base=0)
     assert left.count == 0
+
+
+@pytest.fixture
+def merged(tmp_path: Path, upper: Path) -> Iterator[Path]:
+    """An overlay with ``upper`` above an image that has some directories."""
+    for name in ("lower/run", "lower/opt/old/inner", "lower/etc", "work", "merged"):
+        (tmp_path / name).mkdir(parents=True)
+    for path in (tmp_path / "lower").rglob("*"):
+        os.chown(path, ID_BASE, ID_BASE)
+    options = f"lowerdir={tmp_path}/lower,upperdir={upper},workdir={tmp_path}/work"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, tmp_path / "merged"], check=True)
+    yield tmp_path / "merged"
+    subprocess.run(["umount", tmp_path / "merged"], check=True)
+
+
+def made_by_app(path: Path, mode: int = 0o755) -> None:
+    path.mkdir()
+    path.chmod(mode)
+    os.chown(path, ID_BASE + 33, ID_BASE + 44)
+
+
+def test_directories_that_the_app_made_come_along(tmp_path: Path, upper: Path, merged: Path) -> None:
+    for name, mode in {"run/sshd": 0o711, "run/sshd/inner": 0o755, "srv": 0o700, "etc/app": 0o755}.items():
+        made_by_app(merged / name, mode)
+    (merged / "run/sshd/pid").touch()
+    (merged / "etc").chmod(0o700)  # changed, not made
+    (merged / "runtime").mkdir()  # by root outside
+    made_by_app(merged / "mounted")
+    (merged / "opt/old/inner").rmdir()
+    (merged / "opt/old").rmdir()
+    made_by_app(merged / "opt/old")  # in the place of another
+    made_by_app(merged / "opt/old/within")
+    dest = tmp_path / "held"
+    (dest / "srv").mkdir(parents=True)
+    (dest / "srv").chmod(0o755)
+    held.add_directories(upper, dest, id_base=ID_BASE, mounted={"/mounted"})
+    found = {
+        str(path.relative_to(dest)): (stat.S_IMODE(path.stat().st_mode), path.stat().st_uid)
+        for path in dest.rglob("*")
+    }
+    assert found == {
+        "run": (0o755, 0),
+        "run/sshd": (0o711, 33),
+        "run/sshd/inner": (0o755, 33),
+        "srv": (0o755, 0),  # was there: as it was
+        "etc": (0o700, 0),  # above what was made
+        "etc/app": (0o755, 33),
+        "opt": (0o755, 0),
+        "opt/old": (0o755, 33),
+        "opt/old/within": (0o755, 33),
+    }
+    assert os.getxattr(dest / "opt/old", "trusted.overlay.opaque") == b"y", "it hides the old one"
+
+
+def test_no_more_directories_come_along_than_a_start_can_make(
+    tmp_path: Path, upper: Path, merged: Path
+) -> None:
+    for number in range(held._DIRECTORIES_ADDED):
+        made_by_app(merged / f"{number}")
+        made_by_app(merged / f"{number}/below")
+    dest = tmp_path / "held"
+    dest.mkdir()
+    held.add_directories(upper, dest, id_base=ID_BASE)
+    assert len(list(dest.iterdir())) == held._DIRECTORIES_ADDED == len(list(dest.rglob("*")))

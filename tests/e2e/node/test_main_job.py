@@ -89,8 +89,10 @@ def test_files_written_before_are_not_there_unless_held(relume: Relume, app: App
     app.write(
         f"""
 open("/tmp/left", "w").write("x")
+os.makedirs("/run/made/at-start", 0o750); open("/run/made/pid", "w").write("1")
 held = open("/tmp/held", "w+"); held.write("held"); held.flush()
 ACTIONS["held"] = lambda _: (held.seek(0), held.read())[1]
+ACTIONS["later"] = lambda _: open("/run/made/at-start/later", "w").write("a directory is there")
 {SNIPPET}
 serve()
 """
@@ -104,7 +106,9 @@ serve()
     copy = relume.start(app.name)
     assert copy["restored"]
     assert get(copy, "/exists/tmp/left") is False
+    assert get(copy, "/exists/run/made/pid") is False
     assert get(copy, "/held") == "held"
+    assert get(copy, "/later") > 0, "programs make their directories once, at the start"
 
 
 def test_filesystem_all_brings_the_layer_along(relume: Relume, app: App) -> None:
