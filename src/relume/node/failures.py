@@ -157,10 +157,10 @@ def _missed(checkpoint: Checkpoint) -> str:
     left = checkpoint.left_behind
     if not (count := left.get("count", 0) - left.get("cache_count", 0)):
         return ""
-    first = ", ".join(left["names"][: min(count, 3)])
+    names = ", ".join(left["names"][: min(count, 3)]) + ", ..." * (count > 3)
     return (
-        f"; {count} files that it wrote before the checkpoint are not in its copies ({first}{', ...' * (count > 3)}): "
-        '[relume.checkpoint] filesystem = "all" brings them along'
+        f"; written before the checkpoint and not in its copies: {names} "
+        f'({count} in all): [relume.checkpoint] filesystem = "all" brings them along'
     )
 
 
