@@ -81,9 +81,6 @@ def ready(node: Relume, region: Region, *, restored: bool) -> list[dict[str, Any
     ]
 
 
-# These come first: what the starts below learn would soon be all of the memory, and nothing be left to be waited for.
-
-
 @pytest.mark.slow  # five minutes
 @pytest.mark.parametrize("seconds", [5, 60])
 def test_the_store_is_gone_for_a_while(region: Region, seconds: int) -> None:
@@ -105,6 +102,8 @@ def test_the_store_is_gone_for_a_while(region: Region, seconds: int) -> None:
         assert made["status"] == "created"
         copy = pages.start(region.app.name)
         assert copy["restored"], copy
+        # What is needed up to the first answer is learned for all: were it all memory, the next start had all at once.
+        assert get(copy, "/sum") == region.answer
         nothing_comes(sending)
         nothing_comes(reading)
         gone_at = time.monotonic()
