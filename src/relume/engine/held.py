@@ -36,7 +36,7 @@ from pathlib import Path
 
 from relume.engine._culprit import Culprit
 from relume.engine._held_finder import Finder, Held, sqlite_warnings
-from relume.engine._held_tree import Copier, Tree, is_whiteout
+from relume.engine._held_tree import Copier, Shift, Tree, is_whiteout
 from relume.errors import Unsupported, Untrusted
 
 _ID_COUNT = 65536
@@ -99,11 +99,7 @@ def capture(
     """
     held = Finder(rootfs).find(pids)
     source = Tree(upper)
-
-    def shift(owner: int) -> int:
-        return owner - id_base if 0 <= owner - id_base < _ID_COUNT else _NOBODY  # as it looks inside
-
-    copier = Copier(source, dest, shift)
+    copier = Copier(source, dest, _as_inside(id_base))
     try:
         copier.directory("")
         for path in (
@@ -126,12 +122,8 @@ def add_directories(upper: Path, dest: Path, *, id_base: int, mounted: Collectio
     since each start makes them anew. Not added: directories of a lower layer that the app only changed, and what the
     runtime made: owners outside the container's range, and what is ``mounted``.
     """
-
-    def shift(owner: int) -> int:
-        return owner - id_base if 0 <= owner - id_base < _ID_COUNT else _NOBODY
-
     layer = Tree(upper)
-    copier = Copier(layer, dest, shift, onto=True)
+    copier = Copier(layer, dest, _as_inside(id_base), onto=True)
     made = []
     try:
         for path, status in layer.walk():
@@ -141,7 +133,7 @@ def add_directories(upper: Path, dest: Path, *, id_base: int, mounted: Collectio
                 marks = os.listxattr(layer.directory(path))
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            if _COPIED_UP not in marks and 0 <= status.st_uid - id_base < _ID_COUNT:
+            if _COPIED_UP not in marks and _is_inside(status.st_uid, id_base):
                 made.append(path)
         for path in sorted(made, key=lambda path: path.count("/"))[:_DIRECTORIES_ADDED]:
             copier.directory(path)
@@ -206,7 +198,7 @@ def survey(upper: Path, dest: Path, *, id_base: int, mounted: Collection[str] = 
             copy.trim()
             if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
                 continue
-            if not 0 <= status.st_uid - id_base < _ID_COUNT or f"/{path}" in mounted:
+            if not _is_inside(status.st_uid, id_base) or f"/{path}" in mounted:
                 continue
             if copy.stat(path) is not None:
                 continue
@@ -230,6 +222,16 @@ def survey(upper: Path, dest: Path, *, id_base: int, mounted: Collection[str] = 
         names=tuple((names[0] + names[1])[:_NAMES_SHOWN]),
         hint=hint if counts[0] else "",
     )
+
+
+def _is_inside(owner: int, id_base: int) -> bool:
+    """Whether ``owner``, a uid or gid out here, is one of the container's."""
+    return 0 <= owner - id_base < _ID_COUNT
+
+
+def _as_inside(id_base: int) -> Shift:
+    """From an owner out here to the same as it looks inside."""
+    return lambda owner: owner - id_base if _is_inside(owner, id_base) else _NOBODY
 
 
 def _names(source: Tree, held: Sequence[Held], limit_bytes: int, also: Iterable[str]) -> list[str]:

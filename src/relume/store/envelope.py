@@ -199,16 +199,17 @@ def _out_of_raw_frame(packed: memoryview, size: int) -> memoryview | None:
 
     Weights are of this shape, and zstd takes longer to copy them than it takes to decrypt them.
     """
-    head, blocks = len(_RAW_FRAME) + 4, range(0, size, _BLOCK)
+    head = len(_RAW_FRAME) + 4
+    blocks = [  # of each: where it goes, where its three bytes of head are, its length
+        (at, head + at + 3 * number, min(_BLOCK, size - at))
+        for number, at in enumerate(range(0, size, _BLOCK))
+    ]
     if packed[: len(_RAW_FRAME)] != _RAW_FRAME or len(packed) != head + 3 * len(blocks) + size:
         return None
-    begins = [head + at + 3 * number for number, at in enumerate(blocks)]
-    for at, begin in zip(blocks, begins, strict=True):
-        length = min(_BLOCK, size - at)
+    for at, begin, length in blocks:
         if packed[begin : begin + 3] != _raw_block_head(length, last=at + length == size):
             return None
-    for at, begin in zip(blocks, begins, strict=True):
-        length = min(_BLOCK, size - at)
+    for at, begin, length in blocks:
         packed[at : at + length] = packed[begin + 3 : begin + 3 + length]
     return packed[:size]
 

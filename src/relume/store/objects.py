@@ -289,7 +289,7 @@ def _s3_settings(query: dict[str, str], options: dict[str, Any]) -> dict[str, An
     if region := query.get("region"):
         settings["region"] = region
     # Objects authenticate themselves, so the SHA-256 of what is sent would only cost: a fifth of an upload's processor
-    # time. What signs nothing of the body is what presigned URLs do, which every server takes.
+    # time. Presigned URLs sign no body either, so servers know it.
     settings["unsigned_payload"] = True
     # DeleteObjects (POST ?delete) is not implemented by all servers; DeleteObject is (arrow-rs-object-store #731).
     settings["disable_bulk_delete"] = True

@@ -81,7 +81,7 @@ def ready(node: Relume, region: Region, *, restored: bool) -> list[dict[str, Any
     ]
 
 
-@pytest.mark.slow  # five minutes
+@pytest.mark.slow  # five minutes; before the starts below, after which nodes may have learned all of the memory
 @pytest.mark.parametrize("seconds", [5, 60])
 def test_the_store_is_gone_for_a_while(region: Region, seconds: int) -> None:
     """One node uploads, one has an instance whose memory is still to come, one starts: at the same moment."""
