@@ -26,6 +26,8 @@ _FICLONE = 0x40049409
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHUNK = 1 << 30
 _OPEN_LIMIT = 256
+DEEPEST = 200
+"""Levels of directories that are looked into. Nothing sane is deeper, and what meets a copy later recurses."""
 
 _OVERLAY_KEPT = frozenset(
     f"trusted.overlay.{name}"
@@ -82,10 +84,12 @@ class Tree:
         return sorted(os.listdir(self.directory(path)))
 
     def walk(self, path: str = "") -> Iterator[tuple[str, os.stat_result]]:
-        """Every entry below ``path``, by name, directories before what is in them.
+        """Every entry below ``path``, by name, directories before what is in them, down to :data:`DEEPEST` levels.
 
         In a tree that lives, what goes away meanwhile is left out.
         """
+        if path.count("/") >= DEEPEST:
+            return
         try:
             names = self.names(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -130,6 +134,8 @@ class Copier:
         status = self._source.stat(path)
         if status is None or not stat.S_ISDIR(status.st_mode):
             return False
+        self._source.trim()
+        self._target.trim()
         if path:
             parent, _, name = path.rpartition("/")
             self.directory(parent)

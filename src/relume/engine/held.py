@@ -36,7 +36,7 @@ from pathlib import Path
 
 from relume.engine._culprit import Culprit
 from relume.engine._held_finder import Finder, Held, sqlite_warnings
-from relume.engine._held_tree import Copier, Shift, Tree, is_whiteout
+from relume.engine._held_tree import DEEPEST, Copier, Shift, Tree, is_whiteout
 from relume.errors import Unsupported, Untrusted
 
 _ID_COUNT = 65536
@@ -239,6 +239,9 @@ def _names(source: Tree, held: Sequence[Held], limit_bytes: int, also: Iterable[
     wanted: dict[str, os.stat_result] = {}
     bereft: set[str] = set()  # directories in which a held file lost its name, and those above
     for one in held:
+        if one.path.count("/") > DEEPEST:
+            deep = too_deep(one)
+            raise Unsupported(str(deep), hint=deep.hint, culprits=[deep.as_dict()])
         above = _above(one.path)
         for name in (*above, one.path):
             if name in wanted or (status := source.stat(name)) is None:
@@ -293,6 +296,16 @@ def too_large(one: Held, size: int, limit: int) -> Culprit | None:
         f"holds /{one.path} ({one.how}), {size} bytes in the writable layer; the limit is {limit} bytes",
         "close it before the request, keep it in /persistent-storage, or save the whole layer with"
         ' [relume.checkpoint] filesystem = "all"',
+    )
+
+
+def too_deep(one: Held) -> Culprit:
+    """A held path that is further below the root than anything is copied from."""
+    return Culprit(
+        one.pid,
+        one.process,
+        f"holds /{one.path[:60]}... ({one.how}), {one.path.count('/')} directories deep; the limit is {DEEPEST}",
+        "close it before the request, or keep it nearer to the root",
     )
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from relume.build import Build
 from relume.engine import options
 from relume.linux import cgroup, mounts
+from relume.linux.files import remove_tree
 from relume.node.places import InstancePlaces, Places
 from relume.node.settings import Settings
 from relume.runc import Mount, Runc, Spec
@@ -146,7 +147,7 @@ class Ground:
             # Never remove through a mount: behind one of them lies the app's /persistent-storage.
             raise OSError(errno.EBUSY, "still mounted", str(left[0]))
         shutil.rmtree(places.runtime, ignore_errors=True)
-        shutil.rmtree(places.kept / "layer", ignore_errors=True)
+        remove_tree(places.kept / "layer")
 
     def close(self) -> None:
         for descriptor in self._namespaces.values():

@@ -14,7 +14,9 @@ import pytest
 
 from relume.engine import held
 from relume.engine._held_finder import Finder, Held, sqlite_warnings
-from relume.engine._held_tree import Copier, Tree
+from relume.engine._held_tree import DEEPEST, Copier, Tree
+from relume.errors import Unsupported
+from relume.linux.files import remove_tree
 
 
 def found(how: str, path: Path) -> list[Held]:
@@ -205,3 +207,33 @@ def test_what_nobody_holds_comes_along_when_it_is_named(tmp_path: Path) -> None:
     ]
     assert (dest / "usr/lib/libcuda.so").readlink() == Path("libcuda.so.1")
     assert report.files == 0
+
+
+def deep(root: Path, levels: int) -> None:
+    here = os.open(root, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("d", dir_fd=here)
+        inner = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+
+
+def test_a_tree_deeper_than_anything_sane_is_looked_into_so_far(tmp_path: Path) -> None:
+    upper, dest = tmp_path / "upper", tmp_path / "dest"
+    upper.mkdir()
+    dest.mkdir()
+    deep(upper, 3000)
+    (upper / "file").touch()
+    mine = os.getuid()
+    held.add_directories(upper, dest, id_base=mine)
+    assert len(list(dest.rglob("*"))) == DEEPEST + 1
+    assert held.survey(upper, dest, id_base=mine).names == ("/file",)
+    remove_tree(upper)
+
+
+def test_a_held_file_that_is_too_deep_is_refused_by_name(tmp_path: Path) -> None:
+    one = Held("/".join("d" * (DEEPEST + 2)), 7, "digger", "working directory")
+    with pytest.raises(Unsupported, match=f"the limit is {DEEPEST}") as refused:
+        held._names(Tree(tmp_path), [one], 1 << 30, ())
+    assert refused.value.details["culprits"][0]["pid"] == 7
