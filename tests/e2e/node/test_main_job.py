@@ -111,6 +111,28 @@ serve()
     assert get(copy, "/later") > 0, "programs make their directories once, at the start"
 
 
+def test_a_tree_that_is_thousands_of_levels_deep(relume: Relume, app: App) -> None:
+    app.write(
+        f"""
+for _ in range(3000):
+    os.mkdir("/srv/new"); os.path.exists("/srv/deep") and os.rename("/srv/deep", "/srv/new/below")
+    os.rename("/srv/new", "/srv/deep")
+{SNIPPET}
+serve()
+"""
+    )
+    relume.deploy(app.directory)
+    first = relume.start(app.name)
+    made = relume.answer_of_post(first["instance_id"])
+    assert made["status"] == "created", made
+    copy = relume.start(app.name)
+    assert copy["restored"]
+    assert get(copy, "/exists/srv/deep/below/below") is True
+    relume.stop(app.name)
+    for instance in (first, copy):
+        assert not (relume.state / "instances" / instance["instance_id"] / "layer").exists()
+
+
 def test_filesystem_all_brings_the_layer_along(relume: Relume, app: App) -> None:
     app.write(
         f"""
