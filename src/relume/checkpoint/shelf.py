@@ -260,9 +260,11 @@ class Shelf:
         shutil.rmtree(grave, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Finish removals that a crash interrupted."""
+        """Finish what a crash interrupted: removals, and the last step of :meth:`publish`."""
         for grave in self.root.glob(".removing-*"):
             shutil.rmtree(grave, ignore_errors=True)
+        for intent in self.root.glob("cp-*/intent.json"):
+            intent.unlink(missing_ok=True)
 
 
 def read(directory: Path) -> Checkpoint:

@@ -68,6 +68,8 @@ def test_a_crash_while_publishing(
     if again.all():
         assert (again.directory(checkpoint.checkpoint_id) / "images" / "pages-1.img").read_bytes() == b"abc"
         assert again.unfinished() == []
+        again.sweep()
+        assert not list(again.root.rglob("intent.json"))
     else:
         assert again.unfinished() in ([], [intent])
         again.clear_half_made()
