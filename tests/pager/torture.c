@@ -170,15 +170,24 @@ static void resize(struct region *r, size_t pages)
 	r->pages = pages;
 }
 
+static int one_mapping(unsigned char *at, size_t length)
+{
+	/*
+	 * Over several an mremap(2) answers EFAULT; but Linux 6.17 and later, asked for no more than a move, has moved
+	 * those before the one that it fails at (one that is registered with a userfaultfd).
+	 */
+	return mremap(at, length, length, 0) == at;
+}
+
 static void move(struct region *r)
 {
 	size_t length = r->pages * PAGE;
+	if (!one_mapping(r->base, length))
+		return;
 	unsigned char *place = mmap(NULL, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	unsigned char *moved = mremap(r->base, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, place);
-	if (moved == MAP_FAILED) {
-		munmap(place, length);
-		return;
-	}
+	if (moved != place)
+		bad("mremap: %s\n", strerror(errno));
 	r->base = moved;
 }
 
@@ -289,20 +298,17 @@ static void split_and_move(struct region *r, size_t first, size_t span)
 	/* A piece is moved out, its place (still mapped: MREMAP_DONTUNMAP) reads as zeros, and it is moved back. */
 	size_t length = span * PAGE;
 	unsigned char *at = r->base + first * PAGE;
+	if (!one_mapping(at, length))
+		return;
 	unsigned char *place = mmap(NULL, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	unsigned char *moved = mremap(at, length, length, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, place);
-	if (moved == MAP_FAILED) {
-		munmap(place, length);
-		return; /* several mappings by now */
-	}
+	if (moved != place)
+		bad("mremap away: %s\n", strerror(errno));
 	for (size_t i = 0; i < length; i += PAGE)
 		if (at[i])
 			bad("what was moved away is there still\n");
-	if (mremap(moved, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, at) != at) {
-		/* Before Linux 6.17 not over several mappings. */
-		memcpy(at, moved, length);
-		munmap(moved, length);
-	}
+	if (mremap(moved, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, at) != at)
+		bad("mremap back: %s\n", strerror(errno));
 }
 
 static void shrink_and_grow(struct region *r)

@@ -220,14 +220,14 @@ class AddressSpace:
         window = self._window(address)
         if window is None:
             return self._serve_zeros(address)
-        result, left, copied = self._copy([window], [self.source.load(window.offset, window.length)])
+        result, ours, copied = self._copy([window], [self.source.load(window.offset, window.length)])
         if copied:
             self.counters.faults += 1
             self.counters.fault_bytes += copied
             if self.on_copy:
                 self.on_copy(self.pages_id, window.offset, window.length)
-        if result is Served.DONE and (copied == 0 or any(each.start <= address < each.end for each in left)):
-            return Served.LATER  # taken by another thread since we looked: its copy may still fail
+        if result is Served.DONE and not any(each.start <= address < each.end for each in ours):
+            return Served.LATER  # claimed by another thread since we looked: its copy may still fail
         return result
 
     def needs_waiting(self, address: int) -> bool:
@@ -276,11 +276,11 @@ class AddressSpace:
             done, error = userfaultfd.zero(self.descriptor, address, high - address)
             if error == errno.ENOENT and high - address > PAGE_SIZE:
                 done, error = userfaultfd.zero(self.descriptor, address, PAGE_SIZE)
-            if error == errno.EEXIST:
+            if error in (errno.EEXIST, errno.ENOENT):
                 self._wake(address)
         self.counters.zero_faults += 1
         if done or error in (errno.EEXIST, errno.ENOENT):
-            return Served.DONE  # ENOENT: unmapped since; who waited there was woken by that
+            return Served.DONE
         return self._after(error, address)
 
     # --- copies -----------------------------------------------------------------------------------
@@ -298,7 +298,8 @@ class AddressSpace:
     def _copy(self, wanted: Sequence[Range], loaded: Sequence[int]) -> tuple[Served, list[Range], int]:
         """Copies what is pending of ``wanted``, where it was not moved since; ``loaded`` are our addresses of it.
 
-        Returns the outcome, what of it is pending still, and the bytes copied.
+        Returns the outcome, the ranges that it is about (what another thread is copying is not among them), and the
+        bytes copied.
         """
         with self.gate.copying():
             if self.dead:
@@ -306,7 +307,7 @@ class AddressSpace:
             with self._lock:
                 claimed, moved = self._claim(wanted, loaded)
             result = Served.LATER if moved else Served.DONE
-            left = [each for each, _ in claimed]
+            ours = left = [each for each, _ in claimed]
             copied = 0
             try:
                 for position, (each, shift) in enumerate(claimed):
@@ -323,7 +324,7 @@ class AddressSpace:
                     self._flying.difference_update(each for each, _ in claimed)
                     for each in left:
                         self.pending.put(each)
-        return result, left, copied
+        return result, ours, copied
 
     def _claim(self, wanted: Sequence[Range], loaded: Sequence[int]) -> tuple[list[tuple[Range, int]], bool]:
         """Takes what is to be copied out of ``pending``: (range, from its addresses to ours).
@@ -361,18 +362,27 @@ class AddressSpace:
                 position += PAGE_SIZE
             elif error == errno.ENOENT and step > PAGE_SIZE:
                 step = (step // 2) & -PAGE_SIZE  # a copy must lie within one mapping: mprotect splits them
-            elif error == errno.ENOENT and self.restored:
-                # Nothing is registered here and no event is under way: unmapped (or MADV_DONTFORK in a child).
+            elif error == errno.ENOENT and self._is_unmapped():
                 self.counters.dropped_bytes += PAGE_SIZE
+                self._wake(position)
                 position += PAGE_SIZE
             else:
                 outcome = self._after(error, position)
                 return outcome, [] if outcome is Served.GONE else [wanted.cut(position, end)], copied
         return Served.DONE, [], copied
 
+    def _is_unmapped(self) -> bool:
+        """What an ENOENT for one page means: it is mapped no more (or was MADV_DONTFORK in a child), or it moved.
+
+        The kernel asks whether anything is changing before it waits for the lock of the mapping, and again only when
+        it found one (userfaultfd_copy, mfill_atomic). A copy that waited there while another thread's mremap(2) moved
+        the page elsewhere answers ENOENT. The move is still counted then: its message waits until copies are over.
+        """
+        return self.restored and userfaultfd.condition(self.descriptor) is not Condition.CHANGING
+
     def _after(self, error: int, address: int) -> Served:
         """What an error means for the whole address space. Raises PagerError where the instance cannot go on."""
-        if error == errno.EAGAIN or (error == errno.ENOENT and not self.restored):
+        if error in (errno.EAGAIN, errno.ENOENT):
             self.counters.again += 1
             return Served.LATER
         if error == errno.ESRCH or (error == errno.ENOSPC and not userfaultfd.alive(self.descriptor)):

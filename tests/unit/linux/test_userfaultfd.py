@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,7 +36,7 @@ start = -(-ctypes.addressof(ctypes.c_char.from_buffer(memory)) // (2 << 20)) * (
 userfaultfd.register(descriptor, start, 4 << 20)
 socket.send_fds(talk, [start.to_bytes(8, "little")], [descriptor])
 os.close(descriptor)
-while command := talk.recv(100):
+while command := talk.recv(1000):
     answer = str(eval(command)).encode()
     talk.send(answer)
 """
@@ -136,3 +137,18 @@ def test_the_kernel_may_use_huge_pages_where_all_is_in(other: Process) -> None:
     assert result.startswith("(0,")
     assert not other.do(collapse.format(other.start + HUGE)).startswith("(0,"), "one with a hole is let be"
     assert other.do(f"ctypes.string_at({other.start + HUGE - PAGE}, 1)") == "b'A'"
+
+
+def test_the_kernel_wakes_nobody_for_an_unmapping(other: Process) -> None:
+    """Who waits for a page that is unmapped meanwhile sleeps until somebody wakes it, and then gets its SIGSEGV."""
+    other.do(
+        "__import__('threading').Thread("
+        f"target=libc.strnlen, args=(ctypes.c_void_p({other.start}), ctypes.c_size_t(1)), daemon=True).start()"
+    )
+    _until(lambda: userfaultfd.read(other.descriptor) == [Fault(other.start)])
+    assert other.do(f"libc.munmap(ctypes.c_void_p({other.start}), {PAGE})") == "0"
+    with pytest.raises(subprocess.TimeoutExpired):
+        other.process.wait(0.3)
+    assert userfaultfd.zero(other.descriptor, other.start, PAGE) == (0, errno.ENOENT)
+    userfaultfd.wake(other.descriptor, other.start, PAGE)
+    assert other.process.wait(10) == -signal.SIGSEGV

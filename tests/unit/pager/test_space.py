@@ -7,8 +7,9 @@ queued. What the pager makes of it must never show the app anything else than wh
 from __future__ import annotations
 
 import errno
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -30,6 +31,9 @@ BASE = 0x100
 ZERO = -1
 """The content "reads as zeros"; any other is a page number in the pages file."""
 
+GONE = -2
+"""What is read where nothing is mapped."""
+
 
 class Memory:
     """One process: mapped pages, which of them are present, and what the app is owed at each."""
@@ -42,6 +46,8 @@ class Memory:
         self.changing = False
         self.dead = False
         self.boundaries: set[int] = set()
+        self.meanwhile: Callable[[], None] | None = None
+        """What another thread does while a copy waits for the lock of the mapping."""
 
     def fork(self) -> Memory:
         child = Memory()
@@ -88,9 +94,14 @@ class Kernel:
             return 0, errno.ESRCH
         if memory.changing:
             return 0, errno.EAGAIN
+        if memory.meanwhile:
+            meanwhile, memory.meanwhile = memory.meanwhile, None
+            meanwhile()
         crossed = memory.boundaries & set(pages[1:])
         if crossed or not memory.mapped.issuperset(pages):
             return 0, errno.ENOENT
+        if memory.changing:
+            return 0, errno.EAGAIN
         for count, page in enumerate(pages):
             if page in memory.present:
                 return (count * PAGE, 0) if count else (0, errno.EEXIST)
@@ -154,6 +165,8 @@ class Life(RuleBasedStateMachine):
         self.next_place = BASE + 10 * PAGES
 
     def teardown(self) -> None:
+        for memory in self.kernel.memories.values():
+            memory.meanwhile = None
         self.settle()
         for space in self.spaces:
             memory = self.kernel.memories[space.descriptor]
@@ -177,7 +190,7 @@ class Life(RuleBasedStateMachine):
         return found
 
     def _sees(self, space: AddressSpace, page: int) -> int:
-        """What the app reads at ``page``: a fault, if it is missing, until it is served."""
+        """What the app reads at ``page``: a fault, if it is missing, until it is served, or the page moved away."""
         memory = self.kernel.memories[space.descriptor]
         if page not in memory.present:
             memory.events.appendleft(Fault(page * PAGE))
@@ -186,9 +199,9 @@ class Life(RuleBasedStateMachine):
                 for address in list(space.waiting):
                     if space.serve(address) is not Served.LATER:
                         space.waiting.discard(address)
-                if page in memory.present:
+                if page in memory.present or page not in memory.mapped:
                     break
-        return memory.present[page]
+        return memory.present[page] if page in memory.mapped else GONE
 
     def deliver(self, space: AddressSpace) -> None:
         self.spaces += space.read()
@@ -208,7 +221,7 @@ class Life(RuleBasedStateMachine):
         space, memory = self._pick(which)
         if memory.mapped and not memory.dead:
             number = self._pages(memory, page, 1)[0]
-            assert self._sees(space, number) == memory.owed[number]
+            assert self._sees(space, number) == memory.owed.get(number, GONE)
 
     @rule(which=st.integers(0, 9), page=page_numbers, count=counts)
     def bring(self, which: int, page: int, count: int) -> None:
@@ -250,6 +263,16 @@ class Life(RuleBasedStateMachine):
         if not memory.mapped or memory.dead:
             return
         self._quiet(space)
+        self._move(memory, page, count, unmap_first)
+
+    @rule(which=st.integers(0, 9), page=page_numbers, count=counts, unmap_first=st.booleans())
+    def move_meanwhile(self, which: int, page: int, count: int, unmap_first: bool) -> None:
+        """The next copy or zeros wait for it, having seen that nothing changes."""
+        _, memory = self._pick(which)
+        if memory.mapped and not memory.dead:
+            memory.meanwhile = lambda: self._move(memory, page, count, unmap_first)
+
+    def _move(self, memory: Memory, page: int, count: int, unmap_first: bool) -> None:
         pages = self._pages(memory, page, count)
         shift = self.next_place - pages[0]
         self.next_place += 50
@@ -339,6 +362,65 @@ def test_a_copy_across_mappings_is_split() -> None:
         outcome, copied = space.bring([Range(BASE * PAGE, (BASE + PAGES) * PAGE, 0)])
         assert (outcome, copied) == (Served.DONE, PAGES * PAGE)
         assert space.complete
+
+
+def test_a_page_that_another_thread_has_claimed_is_not_given_yet() -> None:
+    """A fault is looked up, the disk is waited for, and meanwhile the replay claims the page: its copy may fail."""
+    with kernel() as made:
+        space, page = restored(made), BASE + 5
+        claimed, over = threading.Event(), threading.Event()
+        wanted = Range(page * PAGE, (page + 20) * PAGE, 5 * PAGE)
+        replay = threading.Thread(target=lambda: space.bring([wanted]))
+
+        def load(offset: int, length: int) -> int:
+            if threading.current_thread() is not replay and not replay.ident:
+                replay.start()
+                assert claimed.wait(10)
+            return offset
+
+        def copy(descriptor: int, destination: int, source: int, length: int) -> tuple[int, int]:
+            if threading.current_thread() is replay:
+                claimed.set()
+                assert over.wait(10)
+                return 0, errno.EAGAIN
+            return Kernel.copy(made, descriptor, destination, source, length)
+
+        space.source.load, made.copy = load, copy  # type: ignore[method-assign]
+        assert space.serve(page * PAGE) is Served.LATER
+        assert set(made.memories[3].present) == set(range(BASE, page))
+        over.set()
+        replay.join()
+        assert space.serve(page * PAGE) is Served.DONE
+        assert made.memories[3].present[page] == 5
+
+
+def test_a_page_that_moves_while_its_copy_waits_for_the_lock_is_not_forgotten() -> None:
+    with kernel() as made:
+        space, memory = restored(made), made.memories[3]
+        above = BASE + PAGES
+
+        def move() -> None:
+            memory.mapped.remove(BASE)
+            memory.mapped.add(above)
+            memory.events += [Remap(BASE * PAGE, above * PAGE, PAGE), Unmap(BASE * PAGE, (BASE + 1) * PAGE)]
+            memory.changing = True
+
+        memory.meanwhile = move
+        assert space.bring([Range(BASE * PAGE, (BASE + 1) * PAGE, 0)]) == (Served.LATER, 0)
+        space.read()
+        assert space.serve(above * PAGE) is Served.DONE
+        assert memory.present[above] == 0
+
+
+def test_who_waits_for_what_was_unmapped_is_woken() -> None:
+    """The kernel wakes nobody for an unmapping (fs/userfaultfd.c); woken, the thread gets what it would without us."""
+    with kernel() as made:
+        space, woken = restored(made, range(20)), []
+        made.wake = lambda _, start, length: woken.append((start // PAGE, length))  # type: ignore[method-assign]
+        made.memories[3].mapped -= {BASE + 5, BASE + 30}
+        for page in (BASE + 5, BASE + 30):
+            assert space.serve(page * PAGE) is Served.DONE
+            assert (page, PAGE) in woken
 
 
 def test_what_was_moved_and_then_unmapped_does_not_come_back() -> None:
