@@ -206,7 +206,7 @@ class Soak:
             "record": learned,
             "verify": self.folder / f"runtime-{number % 7}" if choice.random() < 0.5 else None,
         }
-        kills = self.groups.oom_kills(self.groups.instance)
+        kills = self._oom_kills()
         self._go()
         what = f"restore {number}, victim {victim}, {options}"
         with self._pager(**options) as pager:
@@ -224,7 +224,7 @@ class Soak:
                     timer.cancel()
                     timer.join()
         assert not self.wrong, f"{what}: {self.wrong}"
-        if self.groups.oom_kills(self.groups.instance) > kills:
+        if self._oom_kills() > kills:
             return "out_of_memory"
         if whole:
             return "whole"
@@ -235,9 +235,13 @@ class Soak:
         """Every process is through, or something is wrong, or the instance has ended."""
         if self.wrong or self._through() or not restored:
             return True
-        if self.groups.oom_kills(self.groups.instance) > kills:
+        if self._oom_kills() > kills:
             return True
         return pager.process.poll() is not None and not any(map(running, self.checkpoint.pids))
+
+    def _oom_kills(self) -> int:
+        """Of the instance, and of pager and holder: between two neighbours there is nobody else to be killed."""
+        return sum(map(self.groups.oom_kills, (self.groups.instance, self.groups.pager)))
 
     def _end(self, pager: PagerProcess) -> None:
         """Nothing of the instance may be left when the pager says so, and the pager may not stay behind."""
