@@ -1,6 +1,7 @@
 """Every page of every process of each bench workload, as a copy gets it by the pager, against the image.
 
-The copy is a prepared one: stopped before its first instruction, so that nothing has changed its memory but the pager.
+The copy is a prepared one: stopped before its first instruction, so that nothing has changed its memory but the pager,
+and the kernel in two places.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ WORKLOADS = sorted(
 )
 _BLOCK = 1 << 20
 _RSEQ_BYTES = 32
+_RED_ZONE_BYTES = 128
+_SIGNAL_FRAME_BYTES = 16 << 10
 _QUICK = "tiny"
 
 
@@ -61,9 +64,14 @@ def test_every_page_of_every_process(relume: Relume, app: App, workload: str) ->
 def _compare(images: Path, pid: int, host_pid: int) -> int:
     """Bytes of lazy memory that are the image's; reading them is a fault for each page that is not there yet."""
     pagemap = read_pagemap(images, pid)
-    # Where the kernel writes the number of the processor that a thread runs on (struct rseq).
     cores = [read_image(path)[0] for path in images.glob("core-*.img")]
-    changed = {core.thread_core.rseq_entry.rseq_abi_pointer for core in cores}
+    stacks = {core.thread_info.gpregs.sp for core in cores}
+    # What the kernel writes by itself: the number of the processor that a thread runs on (struct rseq); below its
+    # stack, the frame of a signal that comes before the SIGSTOP, as SIGCHLD does, children being stopped already.
+    changed = [
+        *((core.thread_core.rseq_entry.rseq_abi_pointer, _RSEQ_BYTES) for core in cores),
+        *((sp - _RED_ZONE_BYTES - _SIGNAL_FRAME_BYTES, _SIGNAL_FRAME_BYTES) for sp in stacks),
+    ]
     compared = 0
     with pagemap.pages.open("rb") as pages:
         for extent in pagemap.lazy:
@@ -72,10 +80,11 @@ def _compare(images: Path, pid: int, host_pid: int) -> int:
                 address = extent.address + at
                 expected = bytearray(os.pread(pages.fileno(), length, extent.offset + at))
                 found = _read(host_pid, address, length)
-                for place in changed:
-                    if address <= place < address + length:
+                for place, size in changed:
+                    low, high = max(address, place), min(address + length, place + size)
+                    if low < high:
                         for content in (expected, found):
-                            content[place - address : place - address + _RSEQ_BYTES] = bytes(_RSEQ_BYTES)
+                            content[low - address : high - address] = bytes(high - low)
                 assert found == expected, f"process {pid}: {address:#x}"
                 compared += length
     return compared
