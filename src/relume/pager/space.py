@@ -204,11 +204,17 @@ class AddressSpace:
         while self.doubtful and not self.dead:
             each = self.doubtful[-1]
             step = each.cut(each.start, each.start + MAXIMUM_WINDOW)
-            if self.bring([step])[0] is Served.LATER:
+            if self.bring([step])[0] is Served.LATER or self._is_to_come(step):
                 return
             self.doubtful.pop()
             if step.end < each.end:
                 self.doubtful.append(each.cut(step.end, each.end))
+
+    def _is_to_come(self, part: Range) -> bool:
+        """Whether something of ``part`` is still to come, or another thread is copying there and may yet fail."""
+        with self._lock:
+            flying = any(each.start < part.end and part.start < each.end for each in self._flying)
+            return flying or bool(self.pending.overlap(part.start, part.end))
 
     # --- faults -----------------------------------------------------------------------------------
 

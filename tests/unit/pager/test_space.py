@@ -364,34 +364,65 @@ def test_a_copy_across_mappings_is_split() -> None:
         assert space.complete
 
 
+class Refused:
+    """A copy by another thread: claimed, under way until :meth:`end`, and then refused (EAGAIN)."""
+
+    def __init__(self, made: Kernel, space: AddressSpace, wanted: Range) -> None:
+        self._claimed, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=lambda: space.bring([wanted]))
+        self._made = made
+        made.copy = self._copy  # type: ignore[method-assign]
+
+    def begin(self) -> None:
+        self._thread.start()
+        assert self._claimed.wait(10)
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _copy(self, descriptor: int, destination: int, source: int, length: int) -> tuple[int, int]:
+        if threading.current_thread() is self._thread:
+            self._claimed.set()
+            assert self._over.wait(10)
+            return 0, errno.EAGAIN
+        return Kernel.copy(self._made, descriptor, destination, source, length)
+
+
 def test_a_page_that_another_thread_has_claimed_is_not_given_yet() -> None:
     """A fault is looked up, the disk is waited for, and meanwhile the replay claims the page: its copy may fail."""
     with kernel() as made:
         space, page = restored(made), BASE + 5
-        claimed, over = threading.Event(), threading.Event()
-        wanted = Range(page * PAGE, (page + 20) * PAGE, 5 * PAGE)
-        replay = threading.Thread(target=lambda: space.bring([wanted]))
+        replay = Refused(made, space, Range(page * PAGE, (page + 20) * PAGE, 5 * PAGE))
 
         def load(offset: int, length: int) -> int:
-            if threading.current_thread() is not replay and not replay.ident:
-                replay.start()
-                assert claimed.wait(10)
+            space.source.load = Source().load  # type: ignore[method-assign]
+            replay.begin()
             return offset
 
-        def copy(descriptor: int, destination: int, source: int, length: int) -> tuple[int, int]:
-            if threading.current_thread() is replay:
-                claimed.set()
-                assert over.wait(10)
-                return 0, errno.EAGAIN
-            return Kernel.copy(made, descriptor, destination, source, length)
-
-        space.source.load, made.copy = load, copy  # type: ignore[method-assign]
+        space.source.load = load  # type: ignore[method-assign]
         assert space.serve(page * PAGE) is Served.LATER
         assert set(made.memories[3].present) == set(range(BASE, page))
-        over.set()
-        replay.join()
+        replay.end()
         assert space.serve(page * PAGE) is Served.DONE
         assert made.memories[3].present[page] == 5
+
+
+def test_what_is_doubtful_stays_so_while_another_thread_copies_it() -> None:
+    """It was unmapped, say: its copy is refused, and what comes to lie there must not get the old contents."""
+    with kernel() as made:
+        space = restored(made)
+        wanted = Range(BASE * PAGE, (BASE + 4) * PAGE, 0)
+        replay = Refused(made, space, wanted)
+        replay.begin()
+        space.doubtful.append(wanted)
+        space.settle()
+        assert space.doubtful == [wanted]
+        replay.end()
+        made.memories[3].mapped -= set(range(BASE, BASE + 4))
+        space.settle()
+        assert not space.doubtful
+        assert not space.pending.overlap(wanted.start, wanted.end)
 
 
 def test_a_page_that_moves_while_its_copy_waits_for_the_lock_is_not_forgotten() -> None:
