@@ -239,9 +239,7 @@ def _names(source: Tree, held: Sequence[Held], limit_bytes: int, also: Iterable[
     wanted: dict[str, os.stat_result] = {}
     bereft: set[str] = set()  # directories in which a held file lost its name, and those above
     for one in held:
-        if one.path.count("/") > DEEPEST:
-            deep = too_deep(one)
-            raise Unsupported(str(deep), hint=deep.hint, culprits=[deep.as_dict()])
+        _refuse(too_deep(one))
         above = _above(one.path)
         for name in (*above, one.path):
             if name in wanted or (status := source.stat(name)) is None:
@@ -249,9 +247,7 @@ def _names(source: Tree, held: Sequence[Held], limit_bytes: int, also: Iterable[
             if name == one.path and one.deleted and not is_whiteout(status):
                 continue  # another file took the name
             if name == one.path and stat.S_ISREG(status.st_mode):
-                culprit = too_large(one, status.st_blocks * 512, limit_bytes)
-                if culprit is not None:
-                    raise Unsupported(str(culprit), hint=culprit.hint, culprits=[culprit.as_dict()])
+                _refuse(too_large(one, status.st_blocks * 512, limit_bytes))
             wanted[name] = status
         if one.deleted:
             bereft.update(above)
@@ -299,14 +295,21 @@ def too_large(one: Held, size: int, limit: int) -> Culprit | None:
     )
 
 
-def too_deep(one: Held) -> Culprit:
+def too_deep(one: Held) -> Culprit | None:
     """A held path that is further below the root than anything is copied from."""
+    if one.path.count("/") <= DEEPEST:
+        return None
     return Culprit(
         one.pid,
         one.process,
         f"holds /{one.path[:60]}... ({one.how}), {one.path.count('/')} directories deep; the limit is {DEEPEST}",
         "close it before the request, or keep it nearer to the root",
     )
+
+
+def _refuse(culprit: Culprit | None) -> None:
+    if culprit is not None:
+        raise Unsupported(str(culprit), hint=culprit.hint, culprits=[culprit.as_dict()])
 
 
 def _is_cache(path: str) -> bool:

@@ -104,7 +104,8 @@ def examine(
     """What these processes (host pids, all of one container) have that cannot be saved; [] when all can.
 
     ``rootfs`` is the mountpoint of the container's root out here, ``upper`` its writable layer. With
-    ``held_limit`` (bytes; None when the whole layer is saved anyway) a held file over it is a culprit too.
+    ``held_limit`` (bytes; None when the whole layer is saved anyway) a held file over it is a culprit too, and one that
+    is too deep.
     ``gpu``: NVIDIA devices are somebody else's business and pass.
     """
     statuses = {}
@@ -127,7 +128,7 @@ def examine(
         except proc.GONE:
             continue
     if upper is not None and held_limit is not None:
-        found |= dict.fromkeys(_too_large(Finder(rootfs).find(list(statuses)), upper, held_limit))
+        found |= dict.fromkeys(_not_to_be_held(Finder(rootfs).find(list(statuses)), upper, held_limit))
     return list(found)
 
 
@@ -304,8 +305,11 @@ def _socket(path: str) -> Iterator[Finding]:
         yield f"holds a socket of the protocol {protocol}", "close it before the request"
 
 
-def _too_large(found: Sequence[Held], upper: Path, limit: int) -> Iterator[Culprit]:
+def _not_to_be_held(found: Sequence[Held], upper: Path, limit: int) -> Iterator[Culprit]:
     for one in found:
+        if deep := held.too_deep(one):
+            yield deep
+            continue
         try:
             status = (upper / one.path).lstat()
         except OSError:

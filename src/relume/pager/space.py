@@ -226,13 +226,13 @@ class AddressSpace:
         window = self._window(address)
         if window is None:
             return self._serve_zeros(address)
-        result, ours, copied = self._copy([window], [self.source.load(window.offset, window.length)])
+        result, copied = self.bring([window])
         if copied:
             self.counters.faults += 1
             self.counters.fault_bytes += copied
             if self.on_copy:
                 self.on_copy(self.pages_id, window.offset, window.length)
-        if result is Served.DONE and not any(each.start <= address < each.end for each in ours):
+        if result is Served.DONE and self._is_to_come(window.cut(address, address + PAGE_SIZE)):
             return Served.LATER  # claimed by another thread since we looked: its copy may still fail
         return result
 
@@ -292,28 +292,19 @@ class AddressSpace:
     # --- copies -----------------------------------------------------------------------------------
 
     def bring(self, wanted: Sequence[Range]) -> tuple[Served, int]:
-        """Copies what of ``wanted`` is pending; returns the outcome and the bytes copied. Loads them first.
+        """Copies what of ``wanted`` is pending and was not moved since; returns the outcome and the bytes copied.
 
-        All of it is one step: no message is read meanwhile. Raises ImageError, Untrusted, PagerError.
+        Loads them first. The copying is one step: no message is read meanwhile. What another thread is copying is left
+        to it. Raises ImageError, Untrusted, PagerError.
         """
-        result, _, copied = self._copy(
-            wanted, [self.source.load(each.offset, each.length) for each in wanted]
-        )
-        return result, copied
-
-    def _copy(self, wanted: Sequence[Range], loaded: Sequence[int]) -> tuple[Served, list[Range], int]:
-        """Copies what is pending of ``wanted``, where it was not moved since; ``loaded`` are our addresses of it.
-
-        Returns the outcome, the ranges that it is about (what another thread is copying is not among them), and the
-        bytes copied.
-        """
+        loaded = [self.source.load(each.offset, each.length) for each in wanted]
         with self.gate.copying():
             if self.dead:
-                return Served.GONE, [], 0
+                return Served.GONE, 0
             with self._lock:
                 claimed, moved = self._claim(wanted, loaded)
             result = Served.LATER if moved else Served.DONE
-            ours = left = [each for each, _ in claimed]
+            left = [each for each, _ in claimed]
             copied = 0
             try:
                 for position, (each, shift) in enumerate(claimed):
@@ -330,7 +321,7 @@ class AddressSpace:
                     self._flying.difference_update(each for each, _ in claimed)
                     for each in left:
                         self.pending.put(each)
-        return result, ours, copied
+        return result, copied
 
     def _claim(self, wanted: Sequence[Range], loaded: Sequence[int]) -> tuple[list[tuple[Range, int]], bool]:
         """Takes what is to be copied out of ``pending``: (range, from its addresses to ours).

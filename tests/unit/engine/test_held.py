@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from relume.engine import held
+from relume.engine import held, preflight
 from relume.engine._held_finder import Finder, Held, sqlite_warnings
 from relume.engine._held_tree import DEEPEST, Copier, Tree
 from relume.errors import Unsupported
@@ -237,3 +237,4 @@ def test_a_held_file_that_is_too_deep_is_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(Unsupported, match=f"the limit is {DEEPEST}") as refused:
         held._names(Tree(tmp_path), [one], 1 << 30, ())
     assert refused.value.details["culprits"][0]["pid"] == 7
+    assert [culprit.pid for culprit in preflight._not_to_be_held([one], tmp_path, 1 << 30)] == [7]
