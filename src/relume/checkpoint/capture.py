@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from relume.checkpoint import staging
 from relume.checkpoint.device import DeviceMemory, GpuShare, record_of
-from relume.checkpoint.forecast import forecast
+from relume.checkpoint.forecast import file_bytes, forecast
 from relume.checkpoint.platform import NO_GPU, Offers, Platform, differences
 from relume.checkpoint.policy import Situation, SkipReason, skip
 from relume.checkpoint.shelf import Checkpoint, Intent, Shelf, size_of
@@ -79,6 +79,18 @@ class Subject:
     def offers(self) -> Offers:
         """Its GPUs, as a platform has them: what a checkpoint of it will need."""
         return (self.gpu.facts,) if self.gpu else NO_GPU
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Expected:
+    """What a dump will write, in bytes: ``memory`` into the images, ``files`` of the layer beside them."""
+
+    memory: int
+    files: int
+
+    @property
+    def total(self) -> int:
+        return self.memory + self.files
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -215,7 +227,7 @@ class Capturer:
         looked = await self._look(subject)
         return await asyncio.to_thread(self._explained, subject, looked)
 
-    def _explained(self, subject: Subject, looked: dict[str, Any] | int) -> dict[str, Any]:
+    def _explained(self, subject: Subject, looked: dict[str, Any] | Expected) -> dict[str, Any]:
         expected = forecast(
             cgroup.processes(subject.cgroup),
             rootfs=subject.rootfs,
@@ -248,7 +260,7 @@ class Capturer:
         answer, _ = await self._try(subject, looked)
         return answer
 
-    async def _try(self, subject: Subject, expected: int) -> tuple[dict[str, Any], bool]:
+    async def _try(self, subject: Subject, expected: Expected) -> tuple[dict[str, Any], bool]:
         """One dump: the answer, and whether it failed for something that passes by itself."""
         try:
             directory, intent = self._shelf.begin(
@@ -277,8 +289,8 @@ class Capturer:
         pids = cgroup.processes(subject.cgroup)
         return await self._device.around(subject.gpu, pids, Path(job.work), lambda: subject.keeper.dump(job))
 
-    async def _look(self, subject: Subject) -> dict[str, Any] | int:
-        """Before anything stops: the bytes to expect, or the answer that says why not."""
+    async def _look(self, subject: Subject) -> dict[str, Any] | Expected:
+        """Before anything stops: what to expect, or the answer that says why not."""
         device_bytes = 0
         if subject.gpu is not None:
             try:
@@ -292,7 +304,7 @@ class Capturer:
                 return _gpu_failed(subject, error)
         return await asyncio.to_thread(self._look_at_host, subject, device_bytes)
 
-    def _look_at_host(self, subject: Subject, device_bytes: int) -> dict[str, Any] | int:
+    def _look_at_host(self, subject: Subject, device_bytes: int) -> dict[str, Any] | Expected:
         pids = cgroup.processes(subject.cgroup)
         culprits = preflight.examine(
             pids,
@@ -303,15 +315,20 @@ class Capturer:
         )
         if culprits:
             return _unsupported(subject, [dataclasses.asdict(culprit) for culprit in culprits])
-        expected: int = preflight.estimate(pids).total + device_bytes
+        expected = Expected(
+            memory=preflight.estimate(pids).total + device_bytes,
+            files=file_bytes(
+                pids, rootfs=subject.rootfs, upper=subject.upper, everything=subject.filesystem == "all"
+            ),
+        )
         free = _free(self._shelf)
-        if expected + _HEADROOM > free:
+        if expected.total + _HEADROOM > free:
             return _answer(
                 subject,
                 "failed",
                 "insufficient_disk",
-                message=f"the dump needs about {expected} bytes, {free} are free",
-                needed_bytes=expected + _HEADROOM,
+                message=f"the dump needs about {expected.total} bytes, {free} are free",
+                needed_bytes=expected.total + _HEADROOM,
                 free_bytes=free,
             )
         available = memory.machine().available
@@ -326,12 +343,12 @@ class Capturer:
             )
         return expected
 
-    def _job(self, subject: Subject, intent: Intent, directory: Path, expected: int) -> DumpJob:
+    def _job(self, subject: Subject, intent: Intent, directory: Path, expected: Expected) -> DumpJob:
         places = {name: directory / name for name in ("images", "work", "held")}
         for place in places.values():
             place.mkdir(mode=0o700)
-        if staging.wanted(expected, staging.measure(), self._dumps_in_memory):
-            staging.stage(places["images"], expected)
+        if staging.wanted(expected.memory, staging.measure(), self._dumps_in_memory):
+            staging.stage(places["images"], expected.memory)
         script = Path(subject.keeper.container.runtime) / "post-dump"
         return DumpJob(
             dump_id=intent.dump_id,
@@ -343,7 +360,7 @@ class Capturer:
             options=options.for_dump(loopback=subject.loopback, action_script=script, work=places["work"]),
             held_limit=subject.held_limit,
             everything=subject.filesystem == "all",
-            timeout=30 + expected / _SLOWEST_DISK,
+            timeout=30 + expected.total / _SLOWEST_DISK,
             also=subject.gpu.made if subject.gpu else (),
         )
 

@@ -42,9 +42,14 @@ def forecast(
 ) -> Forecast:
     """``pids`` are the host pids of one container, ``past`` the node's checkpoints, the oldest first."""
     estimate = preflight.estimate(pids)
-    files = size_of(upper) if everything else held.expected_bytes(pids, rootfs=rootfs, upper=upper)
+    files = file_bytes(pids, rootfs=rootfs, upper=upper, everything=everything)
     seconds = _FIXED + (estimate.total + files) / _rate(past)
     return Forecast(estimate.processes, estimate.total, files, round(seconds, 2))
+
+
+def file_bytes(pids: Sequence[int], *, rootfs: Path, upper: Path, everything: bool) -> int:
+    """Bytes on disk of the files that would come along."""
+    return size_of(upper) if everything else held.expected_bytes(pids, rootfs=rootfs, upper=upper)
 
 
 def _rate(past: Iterable[Checkpoint]) -> float:

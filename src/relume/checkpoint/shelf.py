@@ -12,6 +12,7 @@ Failures to restore and quarantine are in ``health.json`` beside it; losing that
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -278,10 +279,12 @@ def from_json(raw: Mapping[str, Any]) -> Checkpoint:
 
 
 def size_of(directory: Path) -> int:
-    """Bytes on disk of all files below ``directory`` (holes do not count)."""
+    """Bytes on disk of all files below ``directory`` (holes do not count); of what lives, those that stay."""
     total = 0
     for parent, _, files in os.walk(directory):
-        total += sum(os.lstat(os.path.join(parent, name)).st_blocks * 512 for name in files)  # noqa: PTH118
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(parent, name)).st_blocks * 512  # noqa: PTH118
     return total
 
 

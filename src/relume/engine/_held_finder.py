@@ -10,8 +10,10 @@ of the kernel that show no name.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import os
 import struct
@@ -21,6 +23,7 @@ from pathlib import Path
 from relume.linux import proc, syscall
 
 _PIDFD_GETFD = 438
+_CHANGED = frozenset({errno.ENOENT, errno.ESRCH, errno.EBADF, errno.ENOTTY, errno.EINVAL})
 _SIOCUNIXFILE = 0x89E0  # unix(7): a descriptor of the file that a bound socket has
 
 
@@ -49,31 +52,38 @@ class Finder:
         self._found: dict[tuple[str, str], Held] = {}
 
     def find(self, pids: Iterable[int]) -> list[Held]:
-        """What they hold, each path once a way. A process that is gone, or a zombie, holds nothing."""
+        """What they hold, each path once a way. A process that is gone, or a zombie, holds nothing.
+
+        They may run meanwhile: what one closes under our hands is not held.
+        """
+        statuses = {}
         for pid in pids:
-            try:
-                self._process(pid)
-            except proc.GONE:
-                continue
+            with contextlib.suppress(*proc.GONE):
+                statuses[pid] = proc.status(pid)
+        # The container's first process first: another may have changed its root to where something is mounted.
+        for pid in sorted(statuses, key=lambda pid: statuses[pid].inside):
+            with contextlib.suppress(*proc.GONE):
+                self._process(pid, statuses[pid])
         return list(self._found.values())
 
-    def _process(self, pid: int) -> None:
-        status = proc.status(pid)
+    def _process(self, pid: int, status: proc.Status) -> None:
         who = (status.inside, status.name)
         space = proc.namespace(pid, "mnt")
         if space not in self._roots:
             self._roots[space] = proc.root_mount(pid)
         root = self._roots[space]
         for name, how in (("cwd", "working directory"), ("root", "root directory"), ("exe", "executable")):
-            if _mount_of(f"/proc/{pid}/{name}") == root.mnt_id:
-                self._add(proc.link(pid, name), who, how)
+            with _unless_changed():
+                if _mount_of(f"/proc/{pid}/{name}") == root.mnt_id:
+                    self._add(proc.link(pid, name), who, how)
         for fd, target in proc.descriptors(pid):
-            if target.startswith("/"):
-                self._file(pid, fd, target, who, root)
-            elif target.startswith("socket:["):
-                self._socket(pid, fd, int(target[8:-1]), who, root)
-            elif target == "anon_inode:inotify":
-                self._watches(proc.fdinfo(pid, fd), who, root)
+            with _unless_changed():
+                if target.startswith("/"):
+                    self._file(pid, fd, target, who, root)
+                elif target.startswith("socket:["):
+                    self._socket(pid, fd, int(target[8:-1]), who, root)
+                elif target == "anon_inode:inotify":
+                    self._watches(proc.fdinfo(pid, fd), who, root)
         for name, span in proc.mapped(pid).items():
             if not name.startswith("/") or (name, "mapped") in self._found:
                 continue
@@ -126,6 +136,16 @@ class Finder:
         deleted = target.endswith(proc.DELETED) and not os.path.lexists(f"{self._rootfs}{target}")
         path = target.removesuffix(proc.DELETED) if deleted else target
         self._found[target, how] = Held(path.strip("/"), who[0], who[1], how, deleted, locked)
+
+
+@contextlib.contextmanager
+def _unless_changed() -> Iterator[None]:
+    """Suppress the errors of looking at a descriptor that was closed, or whose number was used again, meanwhile."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _CHANGED:
+            raise
 
 
 def _mount_of(path: str) -> int:

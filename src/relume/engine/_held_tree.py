@@ -24,7 +24,7 @@ from pathlib import Path
 
 _FICLONE = 0x40049409
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_CHUNK = 1 << 30
+_CHUNK = 64 << 20
 _OPEN_LIMIT = 256
 DEEPEST = 200
 """Levels of directories that are looked into. Nothing sane is deeper, and what meets a copy later recurses."""
@@ -37,6 +37,10 @@ _ACLS = frozenset({"system.posix_acl_access", "system.posix_acl_default"})
 
 Shift = Callable[[int], int]
 """An owner (uid or gid) on one side to the same owner on the other."""
+
+
+class Abandoned(Exception):
+    """The copy is not wanted any more."""
 
 
 def is_whiteout(status: os.stat_result) -> bool:
@@ -79,6 +83,11 @@ class Tree:
                 return None
             raise
 
+    def attributes(self, path: str) -> list[str]:
+        """The names of the extended attributes of ``path``, which is no symbolic link and is there."""
+        parent, _, name = path.rpartition("/")
+        return os.listxattr(f"/proc/self/fd/{self.directory(parent)}/{name}", follow_symlinks=False)
+
     def names(self, path: str) -> list[str]:
         """The names in directory ``path``, sorted."""
         return sorted(os.listdir(self.directory(path)))
@@ -110,14 +119,24 @@ class Copier:
 
     Directories get their attributes in :meth:`finish`, because making an entry changes the times of the
     directory above it. Hard links between copied entries stay hard links. With ``onto`` the directories that
-    ``target`` has stay as they are, and a source that lives may lose some meanwhile.
+    ``target`` has stay as they are, and a source that lives may lose some meanwhile. ``abandoned`` is asked
+    now and then whether anybody waits still.
     """
 
-    def __init__(self, source: Tree, target: Path, shift: Shift, *, onto: bool = False) -> None:
+    def __init__(
+        self,
+        source: Tree,
+        target: Path,
+        shift: Shift,
+        *,
+        onto: bool = False,
+        abandoned: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._source = source
         self._target = Tree(target)
         self._shift = shift
         self._onto = onto
+        self._abandoned = abandoned
         self._directories: dict[str, os.stat_result] = {}
         self._linked: dict[tuple[int, int], str] = {}
         self._clone = True
@@ -138,7 +157,8 @@ class Copier:
         self._target.trim()
         if path:
             parent, _, name = path.rpartition("/")
-            self.directory(parent)
+            if not self.directory(parent):
+                return False  # renamed meanwhile
             try:
                 os.mkdir(name, 0o700, dir_fd=self._target.directory(parent))
             except FileExistsError:
@@ -147,7 +167,12 @@ class Copier:
         return True
 
     def entry(self, path: str, status: os.stat_result) -> bool:
-        """Copy one entry, of any kind, and the directories above it; False for a kind that we leave."""
+        """Copy one entry, of any kind, and the directories above it; False for a kind that we leave.
+
+        Raises Abandoned once nobody wants the copy any more.
+        """
+        if self._abandoned():
+            raise Abandoned
         mode = status.st_mode
         if stat.S_ISDIR(mode):
             return self.directory(path)
@@ -156,7 +181,8 @@ class Copier:
         self._source.trim()
         self._target.trim()
         parent, _, name = path.rpartition("/")
-        self.directory(parent)
+        if not self.directory(parent):
+            return False
         here, there = self._source.directory(parent), self._target.directory(parent)
         if status.st_nlink > 1 and self._link(status, path, name, there):
             return True
@@ -220,7 +246,7 @@ class Copier:
             except OSError:
                 self._clone = False  # not a file system with shared extents, or not the same one
         if status.st_blocks * 512 >= status.st_size:
-            _copy(source, target, 0, status.st_size)
+            self._range(source, target, 0, status.st_size)
             return
         os.ftruncate(target, status.st_size)
         end = 0
@@ -232,7 +258,17 @@ class Copier:
                     return
                 raise
             end = os.lseek(source, start, os.SEEK_HOLE)
-            _copy(source, target, start, end)
+            self._range(source, target, start, end)
+
+    def _range(self, source: int, target: int, start: int, end: int) -> None:
+        """Copy the bytes [start, end) to the same place, in the kernel."""
+        while start < end:
+            if self._abandoned():
+                raise Abandoned
+            done = _copy(source, target, start, min(end - start, _CHUNK))
+            if done == 0:
+                return  # the file became shorter, which only a file that nobody froze can do
+            start += done
 
     def _attributes(self, source: int | str, target: int | str, status: os.stat_result) -> None:
         link = stat.S_ISLNK(status.st_mode)
@@ -266,17 +302,12 @@ class Copier:
         return b"".join(out)
 
 
-def _copy(source: int, target: int, start: int, end: int) -> None:
-    """Copy the bytes [start, end) to the same place, in the kernel."""
-    while start < end:
-        size = min(end - start, _CHUNK)
-        try:
-            done = os.copy_file_range(source, target, size, start, start)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            os.lseek(target, start, os.SEEK_SET)
-            done = os.sendfile(target, source, start, size)
-        if done == 0:
-            return  # the file became shorter, which only a file that nobody froze can do
-        start += done
+def _copy(source: int, target: int, start: int, size: int) -> int:
+    """Copy some of ``size`` bytes from ``start`` on; returns how many."""
+    try:
+        return os.copy_file_range(source, target, size, start, start)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    os.lseek(target, start, os.SEEK_SET)
+    return os.sendfile(target, source, start, size)

@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
@@ -224,7 +225,9 @@ class Criu:
             killed = asyncio.create_task(self._end_when_killed(command))
             self._dumping = command
             code = await command.wait()
-            _end_session(command)  # a CRIU that runc has left behind
+            if code != 0:
+                self._end_dump(command)  # a CRIU that runc has left behind
+            too_slow = late.done()
             late.cancel()
             victim = killed.result() if killed.done() else ""
             killed.cancel()
@@ -236,6 +239,8 @@ class Criu:
             gate.close()
             await asyncio.to_thread(self._let_go, mend=code != 0)
         dumped = self._dump_result(job, code, result[0], time.monotonic() - started)
+        if too_slow and dumped.error:
+            dumped = dataclasses.replace(dumped, error=f"it was not done within {job.timeout:.0f} s")
         return dataclasses.replace(dumped, killed="" if dumped.app_gone else victim)
 
     def _let_go(self, *, mend: bool) -> None:
@@ -248,33 +253,40 @@ class Criu:
     async def _copy_held(self, gate: Gate, job: DumpJob) -> _Copied:
         await gate.arrival()
         started = time.monotonic()
+        abandoned = threading.Event()
         try:
             pids = cgroup.processes(self._container.cgroup)
-            report = await asyncio.to_thread(
-                held.capture,
-                pids,
-                upper=Path(job.upper),
-                rootfs=self._directory / "rootfs",
-                dest=Path(job.held),
-                id_base=job.id_base,
-                limit_bytes=job.held_limit,
-                everything=job.everything,
-                also=job.also,
+            copying = asyncio.ensure_future(
+                asyncio.to_thread(
+                    held.capture,
+                    pids,
+                    upper=Path(job.upper),
+                    rootfs=self._directory / "rootfs",
+                    dest=Path(job.held),
+                    id_base=job.id_base,
+                    limit_bytes=job.held_limit,
+                    everything=job.everything,
+                    also=job.also,
+                    abandoned=abandoned.is_set,
+                )
             )
+            try:
+                report = await asyncio.shield(copying)
+            except asyncio.CancelledError:
+                abandoned.set()
+                # Or it would go on below the hands of who clears up.
+                await asyncio.gather(copying, return_exceptions=True)
+                raise
+            pinned = affinity.read(pids)
         except BaseException:
             gate.release(ok=False)  # fails the dump, and CRIU lets the tasks go on
             raise
-        pinned = affinity.read(pids)
         gate.release()
         return _Copied(report, pinned, time.monotonic() - started)
 
     async def _thaw_after(self, timeout: float, command: asyncio.subprocess.Process) -> None:
         """The watchdog: past ``timeout`` seconds the app runs again, dump or no dump."""
         await asyncio.sleep(timeout)
-        cgroup.thaw(self._container.cgroup)
-        # SIGTERM first: CRIU killed in the middle of a task's system call would leave its parasite there.
-        process.send(command.pid, signal.SIGTERM)
-        await asyncio.sleep(5)
         self._end_dump(command)
 
     async def _end_when_killed(self, command: asyncio.subprocess.Process) -> str:

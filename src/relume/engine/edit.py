@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -157,7 +158,7 @@ def processes(directory: Path) -> list[Process]:
             Process(
                 pid=item.pid,
                 ppid=item.ppid,
-                name=core.tc.comm,
+                name=os.fsdecode(core.tc.comm),  # bytes where they are no UTF-8
                 threads=len(item.threads),
                 memory_bytes=sum(extent.length for extent in extents),
             )

@@ -31,7 +31,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from relume.engine._culprit import Culprit
@@ -86,6 +87,7 @@ def capture(
     limit_bytes: int,
     everything: bool,
     also: Iterable[str] = (),
+    abandoned: Callable[[], bool] = lambda: False,
 ) -> HeldReport:
     """Copy what ``pids`` (host pids of all processes of one container, frozen) hold of ``upper`` to ``dest``.
 
@@ -95,11 +97,12 @@ def capture(
     serve as a lower layer; ``limit_bytes`` (per file, on disk) then does not apply. ``also`` are paths inside
     that come along, where the layer has them, though nobody holds them.
 
-    Raises Unsupported, with culprits, for a held file over the limit; OSError when the disk is full.
+    Raises Unsupported, with culprits, for a held file over the limit; OSError when the disk is full; Abandoned of
+    _held_tree.py soon after ``abandoned`` says that nobody waits for it.
     """
     held = Finder(rootfs).find(pids)
     source = Tree(upper)
-    copier = Copier(source, dest, _as_inside(id_base))
+    copier = Copier(source, dest, _as_inside(id_base), abandoned=abandoned)
     try:
         copier.directory("")
         for path in (
@@ -166,18 +169,24 @@ def lay(src: Path, upper: Path, *, id_base: int) -> None:
 
     Raises Untrusted for an owner outside the container's range.
     """
-
-    def shift(owner: int) -> int:
-        if not 0 <= owner < _ID_COUNT:
-            raise Untrusted(f"a held file in {src} belongs to id {owner}, which no container has")
-        return owner + id_base
-
     source = Tree(src)
-    copier = Copier(source, upper, shift)
+    copier = Copier(source, upper, _from_inside(src, id_base))
     try:
         copier.directory("")
         for path, status in source.walk():
             copier.entry(path, status)
+        copier.finish()
+    finally:
+        copier.close()
+        source.close()
+
+
+def lay_root(src: Path, upper: Path, *, id_base: int) -> None:
+    """Give ``upper`` the owner, mode and times of ``src`` alone: for a copy that has the rest as a lower layer."""
+    source = Tree(src)
+    copier = Copier(source, upper, _from_inside(src, id_base))
+    try:
+        copier.directory("")
         copier.finish()
     finally:
         copier.close()
@@ -234,6 +243,17 @@ def _as_inside(id_base: int) -> Shift:
     return lambda owner: owner - id_base if _is_inside(owner, id_base) else _NOBODY
 
 
+def _from_inside(src: Path, id_base: int) -> Shift:
+    """Back again. Raises Untrusted for an owner that no container has."""
+
+    def shift(owner: int) -> int:
+        if not 0 <= owner < _ID_COUNT:
+            raise Untrusted(f"a held file in {src} belongs to id {owner}, which no container has")
+        return owner + id_base
+
+    return shift
+
+
 def _names(source: Tree, held: Sequence[Held], limit_bytes: int, also: Iterable[str]) -> list[str]:
     """The paths of the layer to copy. Directories above a held file come along where the layer has them."""
     wanted: dict[str, os.stat_result] = {}
@@ -258,12 +278,25 @@ def _names(source: Tree, held: Sequence[Held], limit_bytes: int, also: Iterable[
         for name in (*_above(path), path):
             if name not in wanted and (status := source.stat(name)) is not None:
                 wanted[name] = status
-    linked = {
-        status.st_ino for status in wanted.values() if stat.S_ISREG(status.st_mode) and status.st_nlink > 1
-    }
-    if linked:  # a held file is held under all its names
+    if linked := _known_by_other_names(source, wanted):  # a held file is held under all its names
         wanted |= {path: status for path, status in source.walk() if status.st_ino in linked}
     return list(wanted)
+
+
+def _known_by_other_names(source: Tree, wanted: Mapping[str, os.stat_result]) -> set[int]:
+    """The inodes of regular files that the layer has under more names than are ``wanted``.
+
+    To look for them means to walk all of the layer while the app stands still. One link more is no name of the layer's:
+    overlay keeps a link in its index for what it has copied up.
+    """
+    files = {path: status for path, status in wanted.items() if stat.S_ISREG(status.st_mode)}
+    known = Counter(status.st_ino for status in files.values())
+    return {
+        status.st_ino
+        for path, status in files.items()
+        if status.st_nlink > known[status.st_ino]
+        and status.st_nlink > known[status.st_ino] + (_COPIED_UP in source.attributes(path))
+    }
 
 
 def _above(path: str) -> list[str]:

@@ -12,6 +12,7 @@ Standard library only: the keeper runs this.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import stat
@@ -90,7 +91,7 @@ def estimate(pids: Sequence[int]) -> Estimate:
             continue
         count += 1
         memory += sum(fields.get(name, 0) for name in ("Anonymous", "Swap", "Pss_Shmem", "Private_Hugetlb"))
-    return Estimate(count, memory, _tmpfs(pids[0]) if pids else 0)
+    return Estimate(count, memory, _tmpfs(pids))
 
 
 def examine(
@@ -154,6 +155,8 @@ class _Examination:
         for tracer in proc.tracers(pid):
             yield self._traced(tracer)
         yield from self._nested(pid)
+        if any(proc.link(pid, name) == proc.TOO_LONG for name in ("cwd", "root", "exe")):
+            yield _TOO_LONG
         for fd, target in proc.descriptors(pid):
             try:
                 yield from self._descriptor(pid, fd, target)
@@ -199,6 +202,8 @@ class _Examination:
             yield from _socket(f"/proc/{pid}/fd/{fd}")
         elif target.startswith("/secretmem"):
             yield _SECRET
+        elif target == proc.TOO_LONG:
+            yield _TOO_LONG
         elif target.startswith("/"):
             yield from self._file(pid, fd, target)
 
@@ -287,6 +292,9 @@ _SECRET = (
 )
 
 
+_TOO_LONG = (f"holds {proc.TOO_LONG}", "close it before the request, or keep it nearer to the root")
+
+
 def _kind(name: str) -> Finding:
     return _KINDS.get(name, (f"holds an anonymous kernel object, {name}", "close it before the request"))
 
@@ -320,7 +328,15 @@ def _not_to_be_held(found: Sequence[Held], upper: Path, limit: int) -> Iterator[
                 yield culprit
 
 
-def _tmpfs(pid: int) -> int:
+def _tmpfs(pids: Sequence[int]) -> int:
+    """Of their mount namespace, by the first of them that is there still."""
+    for pid in pids:
+        with contextlib.suppress(*proc.GONE):
+            return _tmpfs_of(pid)
+    return 0
+
+
+def _tmpfs_of(pid: int) -> int:
     used = 0
     for mount in proc.mounts(pid):
         if mount.kind != "tmpfs":

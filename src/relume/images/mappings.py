@@ -6,6 +6,7 @@ were never written are not in the images, and do not count.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
@@ -81,4 +82,5 @@ def _files(images: Path) -> dict[int, str]:
     """Paths by the id that mappings have in ``shmid``."""
     path = images / "files.img"
     entries = read_image(path) if path.exists() else []
-    return {entry.id: entry.reg.name for entry in entries if entry.HasField("reg")}
+    # A name that is no UTF-8 is read as bytes.
+    return {entry.id: os.fsdecode(entry.reg.name) for entry in entries if entry.HasField("reg")}

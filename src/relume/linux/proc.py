@@ -9,6 +9,7 @@ proc_pid_maps(5), proc_pid_mountinfo(5), proc_pid_smaps(5), proc_pid_status(5).
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ GONE = (FileNotFoundError, ProcessLookupError)
 
 DELETED = " (deleted)"
 """What the kernel appends to the name of a file that has none any more. A real name may end so too."""
+
+TOO_LONG = "(a path of more than 4096 bytes)"
+"""Stands for the name of an open file that the kernel cannot write out (readlink(2), ENAMETOOLONG)."""
 
 _MAPPING = re.compile(rb"^([0-9a-f]+-[0-9a-f]+) \S+ \S+ \S+ \d+ +(\S.*)$", re.MULTILINE)
 _OCTAL = re.compile(rb"\\([0-7]{3})")
@@ -78,8 +82,8 @@ class UnixSocket:
 
 
 def link(pid: int, name: str) -> str:
-    """Where the magic link /proc/PID/NAME points, as a path from the root of its mount namespace."""
-    return os.readlink(f"/proc/{pid}/{name}")
+    """Where the magic link /proc/PID/NAME points, as a path from the root of its mount namespace, or TOO_LONG."""
+    return _readlink(f"/proc/{pid}/{name}")
 
 
 def descriptors(pid: int) -> list[tuple[int, str]]:
@@ -89,7 +93,7 @@ def descriptors(pid: int) -> list[tuple[int, str]]:
     try:
         for name in os.listdir(directory):
             try:
-                found.append((int(name), os.readlink(name, dir_fd=directory)))
+                found.append((int(name), _readlink(name, directory)))
             except GONE:
                 continue
     finally:
@@ -142,38 +146,60 @@ def mapped(pid: int) -> dict[str, str]:
 
 
 def mounts(pid: int) -> list[Mount]:
-    """The mounts of its mount namespace, in the order they were made."""
+    """The mounts of its mount namespace below its root directory, in the order they were made."""
+    path = f"/proc/{pid}/mountinfo"
+    try:
+        with open(path, "rb") as file:
+            table = file.read()
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a zombie has no namespaces any more
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), path) from None
+        raise
     found = []
-    with open(f"/proc/{pid}/mountinfo", "rb") as lines:
-        for line in lines:
-            fields, _, rest = line.partition(b" - ")
-            mnt, parent, device, root, point = fields.split(b" ", 5)[:5]
-            found.append(
-                Mount(
-                    mnt_id=int(mnt),
-                    parent_id=int(parent),
-                    device=device.decode(),
-                    root=_unescape(root),
-                    point=_unescape(point),
-                    kind=rest.split(b" ", 1)[0].decode(),
-                )
+    for line in table.split(b"\n")[:-1]:
+        fields, _, rest = line.partition(b" - ")
+        mnt, parent, device, root, point = fields.split(b" ", 5)[:5]
+        found.append(
+            Mount(
+                mnt_id=int(mnt),
+                parent_id=int(parent),
+                device=device.decode(),
+                root=_unescape(root),
+                point=_unescape(point),
+                kind=rest.split(b" ", 1)[0].decode(),
             )
+        )
     return found
 
 
 def root_mount(pid: int) -> Mount:
-    """The mount at ``/`` of its mount namespace: the topmost, where several lie on each other."""
-    return [mount for mount in mounts(pid) if mount.point == "/"][-1]
+    """The mount at ``/`` of its mount namespace: the topmost, where several lie on each other.
+
+    A process whose root is a plain directory (chroot(2)) sees no such mount; it is the one that the directory is in.
+    """
+    if at_root := [mount for mount in mounts(pid) if mount.point == "/"]:
+        return at_root[-1]
+    descriptor = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_CLOEXEC)
+    try:
+        mnt_id, device = mount_id(fdinfo(os.getpid(), descriptor)), os.fstat(descriptor).st_dev
+    finally:
+        os.close(descriptor)
+    return Mount(mnt_id, -1, f"{os.major(device)}:{os.minor(device)}", "", "/", "")
 
 
 def status(pid: int) -> Status:
     """Name, state and pids."""
-    fields = _fields(f"/proc/{pid}/status")
+    fields = status_fields(pid)
     return Status(
         name=fields["Name"],
         state=fields["State"][:1],
         pids=tuple(int(number) for number in fields.get("NSpid", str(pid)).split()),
     )
+
+
+def status_fields(pid: int) -> dict[str, str]:
+    """All lines of /proc/PID/status by their names. A process writes its own name into one of them."""
+    return _fields(f"/proc/{pid}/status")
 
 
 def tracers(pid: int) -> set[int]:
@@ -236,12 +262,22 @@ def memory(pid: int) -> dict[str, int]:
 
 def _fields(path: str) -> dict[str, str]:
     """A status file: its lines by their names."""
-    return dict(line.split(":\t", 1) for line in _text(path).splitlines() if ":\t" in line)
+    return dict(line.split(":\t", 1) for line in _text(path).split("\n") if ":\t" in line)
 
 
 def _text(path: str) -> str:
-    with open(path, errors="surrogateescape") as file:
-        return file.read()
+    # Bytes, so that a name with a carriage return in it stays one line.
+    with open(path, "rb") as file:
+        return file.read().decode(errors="surrogateescape")
+
+
+def _readlink(path: str, directory: int | None = None) -> str:
+    try:
+        return os.readlink(path, dir_fd=directory)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return TOO_LONG
+        raise
 
 
 def _mapped_name(field: bytes) -> str:

@@ -8,7 +8,7 @@ import os
 import signal
 from pathlib import Path
 
-from relume.linux import syscall
+from relume.linux import proc, syscall
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -122,9 +122,6 @@ def catches(pid: int, number: signal.Signals) -> bool:
 def _status(pid: int, field: str) -> str | None:
     """A line of proc_pid_status(5); None when the process is gone."""
     try:
-        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
-            if line.startswith(f"{field}:"):
-                return line.partition(":")[2].strip()
+        return proc.status_fields(pid).get(field)
     except OSError:
-        pass
-    return None
+        return None

@@ -132,25 +132,34 @@ def copy(descriptor: int, destination: int, source: int, length: int) -> tuple[i
     registered there, or the range spans two), EAGAIN (the layout is changing: an event is or will be
     queued), ESRCH (the process is gone), ENOMEM, EFAULT (the source cannot be read), ENOSPC.
     """
-    argument = bytearray(_COPY.pack(destination, source, length, 0, 0))
+    return _give(descriptor, _UFFDIO_COPY, _COPY, length, destination, source)
+
+
+def zero(descriptor: int, start: int, length: int) -> tuple[int, int]:
+    """Puts pages that read as zeros there. Result and errors as of :func:`copy`."""
+    return _give(descriptor, _UFFDIO_ZEROPAGE, _ZERO, length, start)
+
+
+def _give(descriptor: int, request: int, form: struct.Struct, length: int, *where: int) -> tuple[int, int]:
+    argument = bytearray(form.pack(*where, length, 0, 0))
     try:
-        fcntl.ioctl(descriptor, _UFFDIO_COPY, argument, True)
+        fcntl.ioctl(descriptor, request, argument, True)
     except OSError as error:
-        done = _COPY.unpack(argument)[4]
+        done = form.unpack(argument)[-1]
         # EAGAIN with a count is a copy that stopped midway. The count stays 0 or negative otherwise.
         return (done, 0) if error.errno == errno.EAGAIN and done > 0 else (0, error.errno or errno.EIO)
     return length, 0
 
 
-def zero(descriptor: int, start: int, length: int) -> tuple[int, int]:
-    """Puts pages that read as zeros there. Result and errors as of :func:`copy`."""
-    argument = bytearray(_ZERO.pack(start, length, 0, 0))
-    try:
-        fcntl.ioctl(descriptor, _UFFDIO_ZEROPAGE, argument, True)
-    except OSError as error:
-        done = _ZERO.unpack(argument)[3]
-        return (done, 0) if error.errno == errno.EAGAIN and done > 0 else (0, error.errno or errno.EIO)
-    return length, 0
+def ask(descriptor: int, start: int, length: int) -> int:
+    """What a copy to [start, start + length) would fail with, or 0; gives nothing and reads no contents.
+
+    By a copy that cannot be made: its source is memory of ours that nobody may read. The kernel looks whether
+    anything is changing (EAGAIN), then whether the memory exists (ESRCH), then whether one registered mapping holds
+    the range (ENOENT), and only then at the source. ENOMEM tells nothing: it takes a page before it looks.
+    """
+    error = copy(descriptor, start, _unreadable_page(), length)[1]
+    return 0 if error in (errno.EFAULT, errno.EEXIST) else error
 
 
 def wake(descriptor: int, start: int, length: int) -> None:
@@ -172,11 +181,10 @@ class Condition(enum.Enum):
 def condition(descriptor: int) -> Condition:
     """Asks the kernel, and changes nothing.
 
-    By a copy that cannot be made: its source is memory of ours that nobody may read. The kernel looks whether
-    anything is changing (EAGAIN), then whether the memory exists (ESRCH), and only then at the source. The
-    destination must not be below vm.mmap_min_addr: before Linux 6.18 that is EINVAL, whether alive or not.
+    The address asked about (:func:`ask`) must not be below vm.mmap_min_addr: before Linux 6.18 that is EINVAL, whether
+    alive or not.
     """
-    match copy(descriptor, _lowest_address(), _unreadable_page(), mmap.PAGESIZE)[1]:
+    match ask(descriptor, _lowest_address(), mmap.PAGESIZE):
         case errno.ESRCH:
             return Condition.GONE
         case errno.EAGAIN:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from harness import MAIN, SNIPPET, App, Failed, Relume, get, shrink_to_fit, until
-from relume.linux import cgroup, mounts
-from relume.linux.process import traced
+from relume.linux import cgroup, mounts, proc
+from relume.linux.process import exiting, traced
 
 
 def making(relume: Relume) -> list[Path]:
@@ -325,6 +325,53 @@ serve()
     assert outcomes.count("created") == 1
     assert set(outcomes) == {"created", "skipped"}
     get(started, "/count")
+
+
+@pytest.mark.slow  # the watchdog's 30 s
+def test_a_dump_that_hangs_is_given_up_and_connections_survive(relume: Relume, app: App) -> None:
+    app.write(
+        f"""
+{POST_IN_THREAD}
+import socket
+{BIG}
+listener = socket.create_server(("127.0.0.1", 0))
+client = socket.create_connection(listener.getsockname())
+peer, _ = listener.accept()
+def echo():  # it waits in recv(2) while all is frozen
+    while data := peer.recv(100):
+        peer.sendall(data)
+echoing = threading.Thread(target=echo, daemon=True)
+echoing.start()
+def talk(_):
+    client.sendall(b"hello")
+    return [client.recv(100).decode(), echoing.is_alive()]
+ACTIONS["talk"] = talk
+ACTIONS["go"] = lambda _: post()
+serve()
+"""
+    )
+    relume.deploy(app.directory)
+    started = relume.start(app.name)
+    assert get(started, "/talk") == ["hello", True]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        asked = pool.submit(get, started, "/go")
+        until(lambda: [page for place in making(relume) for page in place.glob("images/pages-*.img")])
+        (criu,) = dumping(processes(relume, started["instance_id"]))
+        os.kill(criu, signal.SIGSTOP)
+        try:
+            answer = asked.result(90)
+        except OSError:
+            answer = {"status": "failed", "message": "not done within"}  # its own connection, in repair mode
+    assert answer["status"] == "failed"
+    assert "not done within" in answer["message"], answer
+    assert get(started, "/talk") == ["hello", True]
+    assert not making(relume)
+    assert exiting(criu)
+
+
+def dumping(pids: list[int]) -> set[int]:
+    """The processes that trace these."""
+    return {tracer for pid in pids for tracer in proc.tracers(pid)}
 
 
 def test_no_room_on_the_disk(second: Relume, app: App) -> None:

@@ -137,6 +137,11 @@ def test_filesystem_all_brings_the_layer_along(relume: Relume, app: App) -> None
     app.write(
         f"""
 open("/tmp/left", "w").write("x"); os.makedirs("/srv/data/deep"); open("/srv/data/deep/f", "w").write("y")
+unnamed = open("/unnamed", "w+"); os.unlink("/unnamed"); unnamed.write("z"); unnamed.flush()
+def at_the_root(_):
+    os.mkdir("/made-later"); open("/new", "w").close(); os.rename("/new", "/newer"); os.unlink("/newer")
+    return [os.stat("/").st_uid, os.stat("/made-later").st_uid, os.pread(unnamed.fileno(), 9, 0).decode()]
+ACTIONS["root"] = at_the_root
 {SNIPPET}
 serve()
 """,
@@ -149,6 +154,7 @@ serve()
         assert copy["restored"]
         assert get(copy, "/exists/tmp/left") is True
         assert get(copy, "/exists/srv/data/deep/f") is True
+        assert get(copy, "/root") == [0, 0, "z"], "the root of the file system is the app's, as it was"
 
 
 def test_checkpointing_off_and_redeploys(relume: Relume, app: App) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +80,18 @@ def test_what_was_checked_in_this_boot_is_not_read_again(restoration: Restoratio
         file.write(b"\xff")
     with pytest.raises(Untrusted):
         remembering.verify(pages=True)
+
+
+def test_the_root_of_a_copy_is_as_it_was(restoration: Restoration, tmp_path: Path) -> None:
+    """With the whole layer saved too, for overlay takes the attributes of "/" from the topmost directory."""
+    top = restoration.shelf.directory(restoration.checkpoint.checkpoint_id) / "held"
+    top.chmod(0o1750)
+    os.chown(top, 5, 6)
+    for filesystem in ("held", "all"):
+        upper = tmp_path / filesystem
+        upper.mkdir()
+        checkpoint = dataclasses.replace(restoration.checkpoint, filesystem=filesystem)
+        dataclasses.replace(restoration, checkpoint=checkpoint).lay_files(upper)
+        status = upper.stat()
+        assert (status.st_uid, status.st_gid) == (restoration.id_base + 5, restoration.id_base + 6)
+        assert status.st_mode & 0o7777 == 0o1750

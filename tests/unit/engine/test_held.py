@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -14,8 +15,9 @@ import pytest
 
 from relume.engine import held, preflight
 from relume.engine._held_finder import Finder, Held, sqlite_warnings
-from relume.engine._held_tree import DEEPEST, Copier, Tree
+from relume.engine._held_tree import DEEPEST, Abandoned, Copier, Tree
 from relume.errors import Unsupported
+from relume.linux import proc
 from relume.linux.files import remove_tree
 
 
@@ -207,6 +209,149 @@ def test_what_nobody_holds_comes_along_when_it_is_named(tmp_path: Path) -> None:
     ]
     assert (dest / "usr/lib/libcuda.so").readlink() == Path("libcuda.so.1")
     assert report.files == 0
+
+
+def test_only_names_that_are_missing_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look at all of the layer is taken while the app stands still."""
+    upper, index = tmp_path / "upper", tmp_path / "index"
+    upper.mkdir()
+    index.mkdir()
+    (upper / "log").touch()
+    os.link(upper / "log", index / "log")  # as overlay keeps one of what it has copied up
+    os.setxattr(upper / "log", "trusted.overlay.origin", b"x")
+    (upper / "new").touch()
+    os.link(upper / "new", upper / "same")
+    log, new, same = (Held(name, 1, "app", "open") for name in ("log", "new", "same"))
+    tree = Tree(upper)
+    try:
+        assert set(held._names(tree, [log, new], 1 << 30, ())) == {"", "log", "new", "same"}
+        monkeypatch.setattr(Tree, "walk", lambda *_: pytest.fail("the layer was walked"))
+        assert set(held._names(tree, [log], 1 << 30, ())) == {"", "log"}
+        assert set(held._names(tree, [new, same], 1 << 30, ())) == {"", "new", "same"}
+    finally:
+        tree.close()
+
+
+def test_a_copy_that_nobody_wants_any_more_ends(tmp_path: Path) -> None:
+    (tmp_path / "layer").mkdir()
+    (tmp_path / "layer/large").write_bytes(bytes(200 << 20))
+    (tmp_path / "copy").mkdir()
+    asked = []
+
+    def abandoned() -> bool:
+        asked.append(True)
+        return len(asked) == 3
+
+    with pytest.raises(Abandoned):
+        held.capture(
+            [],
+            upper=tmp_path / "layer",
+            rootfs=Path("/"),
+            dest=tmp_path / "copy",
+            id_base=0,
+            limit_bytes=0,
+            everything=True,
+            abandoned=abandoned,
+        )
+    assert 0 < (tmp_path / "copy/large").stat().st_blocks * 512 < 200 << 20
+
+
+def test_a_directory_renamed_meanwhile_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a program does that makes a directory under another name first."""
+    upper, dest = tmp_path / "upper", tmp_path / "dest"
+    (upper / "part/inner").mkdir(parents=True)
+    (upper / "kept").mkdir()
+    dest.mkdir()
+    directory = Copier.directory
+
+    def renamed_first(copier: Copier, path: str) -> bool:
+        if (upper / "part").exists():
+            (upper / "part").rename(upper / "whole")
+        return directory(copier, path)
+
+    monkeypatch.setattr(Copier, "directory", renamed_first)
+    held.add_directories(upper, dest, id_base=os.getuid())
+    assert [path.name for path in dest.iterdir()] == ["kept"]
+
+
+def test_a_connection_closed_under_our_eyes_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(tmp_path / "socket"))
+    server.listen()
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(str(tmp_path / "socket"))
+    accepted, _ = server.accept()
+    sockets = proc.unix_sockets
+
+    def then_closed(pid: int) -> list[proc.UnixSocket]:
+        found = sockets(pid)
+        accepted.close()
+        return [each for each in found if each.inode == inode]
+
+    inode = os.fstat(accepted.fileno()).st_ino
+    monkeypatch.setattr(proc, "unix_sockets", then_closed)
+    try:
+        assert found("bound socket", tmp_path / "socket") == []
+        assert accepted.fileno() == -1
+    finally:
+        client.close()
+        server.close()
+
+
+def test_processes_with_another_root(tmp_path: Path) -> None:
+    """chroot(2) into a plain directory: nothing is mounted at their root."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"import os; os.chroot({str(tmp_path)!r}); print(1, flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdout is not None and child.stdin is not None
+    with child:
+        child.stdout.readline()
+        assert proc.root_mount(child.pid).mnt_id == mount_of(tmp_path)
+        held_there = Finder(Path("/")).find([child.pid])
+        assert {"root directory"} <= {one.how for one in held_there}
+        preflight.examine([child.pid], rootfs=Path("/"))
+        child.stdin.close()
+
+
+def mount_of(path: Path) -> int:
+    descriptor = os.open(path, os.O_PATH)
+    try:
+        return proc.mount_id(proc.fdinfo(os.getpid(), descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def test_a_path_too_long_to_be_written_out_is_named(tmp_path: Path) -> None:
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("d" * 250, dir_fd=here)
+        inner = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[here])
+    assert child.stdin is not None
+    with child:
+        assert (here, proc.TOO_LONG) in proc.descriptors(child.pid)
+        Finder(Path("/")).find([child.pid])
+        culprits = preflight.examine([child.pid], rootfs=Path("/"))
+        assert any("more than 4096 bytes" in culprit.what for culprit in culprits)
+        child.stdin.close()
+    os.close(here)
+    remove_tree(tmp_path)
+
+
+def test_a_zombie_has_neither_memory_nor_mounts() -> None:
+    zombie = subprocess.Popen(["true"])
+    time.sleep(0.05)
+    assert preflight.estimate([zombie.pid]).total == 0
+    with pytest.raises(ProcessLookupError):
+        proc.mounts(zombie.pid)
+    assert preflight.estimate([zombie.pid, os.getpid()]).tmpfs > 0, "by the next process"
+    zombie.wait()
 
 
 def deep(root: Path, levels: int) -> None:

@@ -70,6 +70,16 @@ def test_anything_else_is_kept(tmp_path: Path, content: bytes) -> None:
     assert (mount.fstype, mount.fsname) == (mnt_pb2.TMPFS, "")
 
 
+def test_a_large_one_is_not_even_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = images(tmp_path, PLAIN + archive() + bytes(1 << 20))
+    read = Path.read_bytes
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: pytest.fail("read") if path == stored else read(path)
+    )
+    assert tmpfs.lighten(tmp_path) == 0
+    assert stored.stat().st_size > 1 << 20
+
+
 def test_without_a_mode_it_is_the_file_system_s_own(tmp_path: Path) -> None:
     images(tmp_path, gzip.compress(archive(mode=0o1777)), options="ro,size=1024k")
     assert tmpfs.lighten(tmp_path) == 1

@@ -128,3 +128,15 @@ def test_a_failed_call_says_which_file() -> None:
 def test_boot_id() -> None:
     assert len(process.boot_id()) == 36
     assert process.boot_id() == process.boot_id()
+
+
+def test_a_name_with_a_line_of_its_own() -> None:
+    """A process writes its name itself, and the kernel escapes but newline and backslash."""
+    program = "import ctypes; ctypes.CDLL(None).prctl(15, b'x\\rNSpid:\\t7'); print(1, flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin is not None and child.stdout is not None
+    with child:
+        child.stdout.readline()
+        assert process.inner_pid(child.pid) == child.pid
+        assert process.name(child.pid) == "x\rNSpid:\t7"
+        child.stdin.close()
