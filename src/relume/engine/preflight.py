@@ -120,6 +120,12 @@ def examine(
     # The first process of the container: nobody is in fewer pid namespaces, and there it is number 1.
     init = min(statuses, key=lambda pid: (len(statuses[pid].pids), statuses[pid].pids[-1]))
     level = len(statuses[init].pids) - 1
+    try:
+        at_home = Path(f"/proc/{init}/root").samefile(rootfs)
+    except proc.GONE:
+        return []
+    if not at_home:
+        return [Culprit(statuses[init].pids[level], statuses[init].name, *_ANOTHER_ROOT)]
     examination = _Examination(init, frozenset(statuses), rootfs, gpu)
     found: dict[Culprit, None] = {}  # a process may hold the same thing many times
     for pid, status in statuses.items():
@@ -292,6 +298,11 @@ _SECRET = (
 )
 
 
+_ANOTHER_ROOT = (
+    # CRIU takes the container's mounts from what this process sees of them, dumps none, and fails at the restore.
+    "is the container's first process and has changed its root (chroot)",
+    'start it below another process, as entrypoint = ["sh", "-c", "PROGRAM & wait"] does, or switch its chroot off',
+)
 _TOO_LONG = (f"holds {proc.TOO_LONG}", "close it before the request, or keep it nearer to the root")
 
 

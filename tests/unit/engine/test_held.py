@@ -313,7 +313,8 @@ def test_processes_with_another_root(tmp_path: Path) -> None:
         assert proc.root_mount(child.pid).mnt_id == mount_of(tmp_path)
         held_there = Finder(Path("/")).find([child.pid])
         assert {"root directory"} <= {one.how for one in held_there}
-        preflight.examine([child.pid], rootfs=Path("/"))
+        (culprit,) = preflight.examine([child.pid], rootfs=Path("/"))
+        assert "first process and has changed its root" in culprit.what
         child.stdin.close()
 
 
