@@ -240,7 +240,8 @@ async def test_apt_packages_and_requirement_files(builder: Builder, write: Write
         apt = "pkglist.txt"
         """,
         **{"requirements.txt": "-c limits.txt\nrelume-sample\n", "limits.txt": "relume-sample<1.1\n"},
-        **{"pkglist.txt": "python3-six\n"},
+        # The second is a virtual package, of what is there already: it can be installed, and not be listed.
+        **{"pkglist.txt": "python3-six\nperlapi-5.36.0\n"},
     )
     made = await build(builder, app)
     assert made.resolved["pip"]["relume-sample"] == "1.0"

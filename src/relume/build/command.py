@@ -17,6 +17,7 @@ from pathlib import Path
 
 from relume.build.interrupt import to_the_end
 from relume.errors import BuildError, HostError
+from relume.guest import runner_requirements
 
 Progress = Callable[[str], None]
 
@@ -35,6 +36,11 @@ _REMEDIES = {
     ),
     r"Python\.h: No such file": (
         f'it is compiled here: python3-dev = "latest" in [cerebrium.dependencies.apt], {_WHEEL}'
+    ),
+    # pip's, then uv's; only where one of the runner's own takes part.
+    r"(?s)(?=.*(ResolutionImpossible|No solution found when resolving)).*\b(uvicorn|starlette)\b": (
+        "relume serves an app that has no entrypoint by uvicorn and Starlette, whose ranges take part: "
+        f"{' and '.join(runner_requirements())}; change the app's pins, or give it an entrypoint of its own"
     ),
     r"Unable to locate package": "the base's release has no package of that name",
 }

@@ -201,7 +201,10 @@ def _entry(root: Path, inside: str, path: str, status: os.stat_result, check: Ca
 
 
 class Patterns:
-    """A list of patterns, compiled. ``match`` looks at one path, not at its parents."""
+    """A list of patterns, compiled. ``match`` looks at one path, not at its parents.
+
+    Raises BuildError for one that means nothing, as ``[z-a]`` does.
+    """
 
     def __init__(self, patterns: Sequence[str]) -> None:
         named: list[str] = []
@@ -213,7 +216,7 @@ class Patterns:
             text = text.strip("/")
             if text in ("", "."):  # "." and "./" name the directory itself: everything in it
                 text, rooted = "**", True
-            (anchored if rooted else named).append(_regex(text))
+            (anchored if rooted else named).append(_checked(text, pattern))
         self._named = re.compile("|".join(named)) if named else None
         self._anchored = re.compile("|".join(anchored)) if anchored else None
 
@@ -223,6 +226,18 @@ class Patterns:
             (self._named and self._named.fullmatch(name))
             or (self._anchored and self._anchored.fullmatch(path))
         )
+
+
+def _checked(text: str, pattern: str) -> str:
+    expression = _regex(text)
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise BuildError(
+            f"{pattern!r} is no pattern of files: {error.msg}",
+            hint="see `include` and `exclude` in cerebrium.toml",
+        ) from error
+    return expression
 
 
 _TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[[!^]?\]?[^\]]*\]|.", re.DOTALL)
@@ -240,8 +255,10 @@ def _regex(pattern: str) -> str:
             parts.append("[^/]*")
         elif token == "?":
             parts.append("[^/]")
-        elif token[0] == "[" and len(token) > 2:
-            inner = token[1:-1].replace("\\", "\\\\")
+        elif token[0] == "[" and len(token) > 2 and token not in ("[!]", "[^]"):
+            inner = re.sub(
+                r"([\\\[&~|])", r"\\\1", token[1:-1]
+            )  # nothing but a range means more in a glob's set
             inner = "^" + inner[1:] if inner[0] in "!^" else inner
             parts.append(f"[{inner}]")
         else:

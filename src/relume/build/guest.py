@@ -6,14 +6,12 @@ They lie in a layer of their own, at ``/opt/relume/guest``, on Python's path aft
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-from blake3 import blake3
-
 from relume import guest
 from relume.build import files, tree
+from relume.build.plan import key_of
 from relume.build.python import VENV
 from relume.config import AppConfig
 
@@ -30,12 +28,7 @@ class Guest:
 
     @property
     def digest(self) -> str:
-        hasher = blake3(b"relume guest 1\0")
-        for entries in self.trees:
-            for entry in entries.entries:
-                hasher.update(b"%d:%s" % (len(name := os.fsencode(entry.path)), name))
-                hasher.update(entry.content)
-        return hasher.hexdigest()
+        return key_of([entries.digest for entries in self.trees])
 
 
 def for_app(config: AppConfig) -> Guest:

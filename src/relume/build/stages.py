@@ -153,13 +153,17 @@ class Run:
             binds=self._binds,
         )
         names = [package.partition("=")[0] for package in packages]
+        # apt-get also takes names that dpkg has not: of virtual packages (libz-dev). What came in their place
+        # is not listed, which is no reason to fail.
+        listing = 'dpkg-query -W -f "$0" "$@" || true'
         answer = await box.run(
-            ["dpkg-query", "-W", "-f", "${Package} ${Version}\\n", *names],
+            ["/bin/sh", "-c", listing, "${Package} ${Version}\\n", *names],
             what="listing installed packages",
             env=self._env,
             show=lambda line: None,
         )
-        return dict(line.split(" ", 1) for line in answer.splitlines())
+        listed = (line.partition(" ") for line in answer.splitlines())
+        return {package: version for package, _, version in listed if version}
 
     async def _python(self) -> None:
         plan = self._plan

@@ -46,7 +46,8 @@ _SPELLINGS = """
   `[cerebrium.dependencies.pip]`.
 * Numbers and switches in quotes: `cpu = "2"`, `disable_auth = "true"`; whole numbers written `1.0`.
 * Versions without quotes: `python_version = 3.10`, `numpy = 1.20`.
-* One text where a list is due: `shell_commands = "make"`.
+* One text where a list is due: `shell_commands = "make"`; `include` and `exclude` also as
+  `"[./*, main.py, cerebrium.toml]"`, as the vendor's CLI wrote it in 2024.
 * CRLF line ends and a byte order mark, without a warning. A file over 256 KiB is refused.
 
 ## node.toml

@@ -150,7 +150,8 @@ def _mended_leaf(value: Any, field: FieldInfo, path: Path, remarks: Remarks) -> 
     kind = plain_type(field)
     readers: tuple[Callable[[Any, Any], Any], ...] = (_number, _switch, _version)
     if get_origin(kind) is tuple and not any(isinstance(item, BeforeValidator) for item in field.metadata):
-        readers = (_one_as_list,)  # entrypoint and compute take one text by themselves
+        # entrypoint and compute take one text by themselves
+        readers = (_patterns if path[-1] in ("include", "exclude") else _one_as_list,)
     for read in readers:
         if (mended := read(value, kind)) is not None:
             remarks.add("spelling", path, f"read as {shown(mended)}", value=value, allowed=allowed(field))
@@ -180,6 +181,17 @@ def _version(value: Any, kind: Any) -> str | None:
     if isinstance(value, Spelled) and value.text in get_args(kind):
         return value.text
     return None
+
+
+def _patterns(value: Any, kind: Any) -> list[str] | None:
+    """``include = "[./*, main.py]"``, as the vendor's CLI wrote it in 2024, is the list that it looks like.
+
+    Patterns only: a command may begin and end like that and be one (``[ -f a ] || [ -f b ]``).
+    """
+    if not (isinstance(value, str) and value.startswith("[") and value.endswith("]")):
+        return _one_as_list(value, kind)
+    parts = (part.strip().strip("\"'").strip() for part in value[1:-1].split(","))
+    return [part for part in parts if part]
 
 
 def _one_as_list(value: Any, kind: Any) -> list[str] | None:

@@ -32,11 +32,33 @@ async def test_a_failure_says_command_status_and_last_lines() -> None:
     assert {"100", "last"} <= set(error.details["output"])
 
 
+# An app that pins fastapi==0.110.0, and a runner that needs starlette>=0.40.
+PIP_CONFLICT = """\
+The conflict is caused by:
+    The user requested starlette<2 and >=0.40
+    fastapi 0.110.0 depends on starlette<0.37.0 and >=0.36.3
+
+To fix this you could try to:
+1. loosen the range of package versions you've specified
+2. remove package versions to allow pip attempt to solve the dependency conflict
+
+ERROR: ResolutionImpossible: for help visit https://pip.pypa.io/en/latest/topics/dependency-resolution/"""
+UV_CONFLICT = """\
+error: No solution found when resolving dependencies
+  cause: Because fastapi==0.110.0 depends on starlette>=0.36.3,<0.37.0 and you require fastapi==0.110.0, we can
+  conclude that you require starlette>=0.36.3,<0.37.0.
+         And because you require starlette>=0.40,<2, we can conclude that your requirements are unsatisfiable."""
+
+
 @pytest.mark.parametrize(
     ("said", "remedy"),
     [
         ("ERROR: Cannot find command 'git' - do you have 'git' installed and in your PATH?", "git ="),
         ("error: command 'x86_64-linux-gnu-gcc' failed: No such file or directory", "build-essential"),
+        (PIP_CONFLICT, "uvicorn>="),
+        (UV_CONFLICT, "starlette>="),
+        (PIP_CONFLICT.replace("starlette", "numpy"), ""),
+        ("ERROR: No matching distribution found for uvicorn==9", ""),
         ("E: Unable to locate package nonsense", "base's release"),
         ("ERROR: No matching distribution found for nonsense", ""),
     ],

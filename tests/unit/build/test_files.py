@@ -70,6 +70,7 @@ def test_ways_to_say_everything(app: Path, include: list[str]) -> None:
         (["*"], ["*.log", "deep", ".*"], ["main.py", "sub", "sub/empty", "sub/main.py"]),
         (["[am]*"], [".*"], ["a.log", "main.py", "sub", "sub/main.py"]),
         (["[!a]*.py"], [], ["main.py", "sub", "sub/main.py"]),
+        (["[!]", "[^]a", "[]"], [], []),
         (["nothing"], [], []),
     ],
 )
@@ -84,6 +85,19 @@ def test_any_pattern_compiles_and_matches_itself_when_plain(patterns: list[str],
     plain = "".join(letter for letter in more if letter in "ab")
     if plain:
         assert files.Patterns([plain]).match(plain)
+
+
+@pytest.mark.parametrize("pattern", ["[z-a]*", "./src/[z-a]"])
+def test_a_pattern_that_means_nothing_is_named(app: Path, pattern: str) -> None:
+    for include, exclude in (["*", pattern], []), (["*"], [pattern]):
+        with pytest.raises(BuildError, match=r"\[z-a\].* is no pattern of files: bad character range z-a"):
+            found(app, include, exclude)
+
+
+@pytest.mark.parametrize("pattern", ["[[a].py", "[a&&m]*.py", "[a||m]*.py", "[a~~m]*.py"])
+def test_a_set_has_no_operators(pattern: str) -> None:
+    """Python's `re` warns that these may mean more one day; a warning is an error here."""
+    assert files.Patterns([pattern]).match("a.py")
 
 
 def test_the_digest_is_of_content_and_modes_alone(app: Path, tmp_path: Path) -> None:

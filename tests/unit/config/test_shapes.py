@@ -115,6 +115,19 @@ def test_misspelt_dependencies_are_dependencies() -> None:
     assert (warning.kind, warning.line) == ("spelling", 4)
 
 
+def test_a_list_that_was_written_as_a_text_is_a_list() -> None:
+    config = load("include-text")
+    assert config.deployment.include == ("./*", "main.py", "cerebrium.toml", "my-model.py")
+    assert config.deployment.exclude == ("./example_exclude", ".*")
+    # A command may look like that and be one.
+    assert config.deployment.shell_commands == ("[ -f a, ] || [ -f b ]",)
+    assert [(warning.kind, warning.line) for warning in config.warnings] == [
+        ("spelling", 4),
+        ("spelling", 5),
+        ("spelling", 6),
+    ]
+
+
 def test_versions_keep_the_digits_that_were_written() -> None:
     config = load("unquoted-versions")
     assert config.deployment.python_version == "3.10"

@@ -70,6 +70,7 @@ def sidecar(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sidecar]:
     monkeypatch.setattr(_sidecar, "ADDRESS", server.server_address)
     monkeypatch.setattr(_checkpoint, "_before", [])
     monkeypatch.setattr(_checkpoint, "_after", [])
+    monkeypatch.setattr(_checkpoint, "_handled", None)
     monkeypatch.setattr(_environment, "_given", set())
     yield state
     server.shutdown()

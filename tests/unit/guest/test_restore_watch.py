@@ -67,3 +67,28 @@ def test_reseeding_can_be_switched_off(
     sidecar.restore()
     assert watch.confirm()
     assert random.getstate() == state
+
+
+@pytest.mark.parametrize("reseed", [True, False])
+def test_what_the_sdk_has_handled_is_noticed_and_left_alone(
+    watch: _restore.RestoreWatch, sidecar: Sidecar, reseed: bool
+) -> None:
+    """``checkpoint(reseed=False)``, or a seed that the app sets after the checkpoint, must last."""
+    sidecar.on_post = lambda: sidecar.restore("r-1")
+    assert sdk.checkpoint(reseed=reseed).restored
+    random.seed(7)
+    state = random.getstate()
+    assert watch.confirm()
+    assert random.getstate() == state
+
+
+def test_a_later_restore_is_not_the_one_that_the_sdk_has_handled(
+    watch: _restore.RestoreWatch, sidecar: Sidecar
+) -> None:
+    sidecar.on_post = lambda: sidecar.restore("r-1")
+    assert sdk.checkpoint().restored
+    assert watch.confirm()
+    state = random.getstate()
+    sidecar.restore("r-2")
+    assert watch.confirm()
+    assert random.getstate() != state

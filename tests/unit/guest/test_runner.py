@@ -29,7 +29,7 @@ APP = """
     from dataclasses import dataclass
     from os.path import join
 
-    from pydantic import BaseModel
+    from pydantic import BaseModel, field_serializer, field_validator
 
     print("loading", flush=False)
     COUNT = {"calls": 0}
@@ -64,11 +64,85 @@ APP = """
     def only_positional(a, /, b):
         return [a, b]
 
+    def only_positional_defaults(a=1, b=2, /):
+        return [a, b]
+
+    class Unshowable:
+        def __repr__(self):
+            raise RuntimeError("secret")
+
+    def keyed(p, key="sk-secret", model: Unshowable = Unshowable(), n: int | None = None, x: float = 0.5):
+        return key
+
     def my_run(run_id):
         return run_id
 
     def teapot():
         return {"status_code": 418, "short": True}
+
+    def bare(status_code: int):
+        return {"status_code": status_code}
+
+    def echo(text):
+        return {"text": text}
+
+    def cancels():
+        raise asyncio.CancelledError("odd")
+
+    async def cancels_async():
+        raise asyncio.CancelledError("odd")
+
+    async def leaves_async():
+        raise SystemExit(0)
+
+    class Odd(BaseModel):
+        name: str = ""
+
+        @field_validator("name")
+        def check(cls, value):
+            return {}["secret"]
+
+    def odd(odd: Odd):
+        return 1
+
+    class Written(BaseModel):
+        a: int = 1
+        how: str = ""
+
+        @field_serializer("a")
+        def write(self, value):
+            raise {"KeyError": KeyError, "ValueError": ValueError, "SystemExit": SystemExit}[self.how]("secret")
+
+    def written(how):
+        return [Written(how=how)]
+
+    class Holds(BaseModel):
+        field: object = None
+
+    def holds():
+        return Holds(field=threading.Lock())
+
+    def streamed():
+        from starlette.responses import StreamingResponse
+
+        async def body():
+            RUNNING["now"] += 1
+            RUNNING["most"] = max(RUNNING["most"], RUNNING["now"])
+            yield str(RUNNING["now"]) + " "
+            await asyncio.sleep(0.1)
+            RUNNING["now"] -= 1
+            yield str(RUNNING["most"])
+
+        return StreamingResponse(body(), media_type="text/plain")
+
+    def streamed_exit():
+        from starlette.responses import StreamingResponse
+
+        async def body():
+            yield "a"
+            raise SystemExit(0)
+
+        return StreamingResponse(body(), media_type="text/plain")
 
     def count(upper: int):
         for i in range(upper):
@@ -234,6 +308,18 @@ def test_health_ready_and_index(runner: Runner) -> None:
     assert functions["predict"] == "(prompt: str, n: int = 1)"
 
 
+def test_default_values_that_may_be_secret_are_not_shown(runner: Runner) -> None:
+    status, _, body = runner.request("GET", "/")
+    assert status == 200
+    assert json.loads(body)["functions"]["keyed"] == (
+        "(p, key=..., model: main.Unshowable = ..., n: int | None = None, x: float = 0.5)"
+    )
+    status, _, body = runner.request("POST", "/keyed", b"{}")
+    assert status == 422
+    assert b"key=..." in body
+    assert b"secret" not in body
+
+
 def test_only_public_functions_of_the_file_itself_are_offered(runner: Runner) -> None:
     functions = json.loads(runner.request("GET", "/")[2])["functions"]
     assert not {"_private", "join", "OrderedDict", "dataclass", "Item"} & set(functions)
@@ -257,6 +343,7 @@ def test_functions_run_in_threads_and_coroutines_on_the_loop(runner: Runner) -> 
         (b"[" * 100_000, 400, "no JSON"),
         (b"", 422, "missing argument: prompt"),
         (b'{"prompt": "a", "m": 1}', 422, "unknown argument: m"),
+        (b'{"prompt": "a", "\\ud800": 1}', 422, "unknown argument: \ud800"),
     ],
 )
 def test_a_wrong_body_is_refused_with_the_reason(
@@ -281,6 +368,8 @@ def test_openai_clients_append_their_path(runner: Runner) -> None:
 def test_arguments_of_every_kind(runner: Runner) -> None:
     assert runner.result("anything", a=1, b=[2]) == {"a": 1, "b": [2]}
     assert runner.result("only_positional", a=1, b=2) == [1, 2]
+    assert runner.result("only_positional_defaults", b=5) == [1, 5]
+    assert runner.result("only_positional_defaults", a=5) == [5, 2]
     status, answer = runner.call("my_run")
     assert (status, answer["result"]) == (200, answer["run_id"])
     assert runner.result("my_run", run_id="mine") == "mine"
@@ -303,6 +392,24 @@ def test_pydantic_models_in_annotations_are_validated(runner: Runner) -> None:
 def test_a_status_code_in_the_result_is_the_answers(runner: Runner) -> None:
     status, answer = runner.call("teapot")
     assert (status, answer["result"]["short"]) == (418, True)
+
+
+@pytest.mark.parametrize("code", [204, 205, 304])
+def test_a_status_without_a_body_has_none(runner: Runner, code: int) -> None:
+    """Twice on one connection: a body that nobody expects would be taken for the next answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", runner.port, timeout=10)
+    for _ in range(2):
+        connection.request("POST", "/bare", json.dumps({"status_code": code}))
+        response = connection.getresponse()
+        assert (response.status, response.read()) == (code, b"")
+        assert response.headers["x-run-id"]
+    connection.close()
+
+
+def test_half_a_surrogate_pair_comes_back(runner: Runner) -> None:
+    status, _, body = runner.request("POST", "/echo", b'{"text": "a\\ud800b"}')
+    assert status == 200
+    assert json.loads(body)["result"]["text"] == "a\ud800b"
 
 
 def test_a_response_object_is_passed_on(runner: Runner) -> None:
@@ -342,7 +449,14 @@ def test_a_client_that_hangs_up_ends_its_generator(runner: Runner, name: str) ->
 
 @pytest.mark.parametrize(
     ("name", "exception"),
-    [("breaks", "ValueError"), ("leaves", "SystemExit"), ("stops", "StopIteration")],
+    [
+        ("breaks", "ValueError"),
+        ("leaves", "SystemExit"),
+        ("leaves_async", "SystemExit"),
+        ("stops", "StopIteration"),
+        ("cancels", "CancelledError"),
+        ("cancels_async", "CancelledError"),
+    ],
 )
 def test_an_exception_stays_in_the_log(runner: Runner, name: str, exception: str) -> None:
     status, answer = runner.call(name)
@@ -352,6 +466,30 @@ def test_an_exception_stays_in_the_log(runner: Runner, name: str, exception: str
     log = runner.log[runner.log.index(f"run_id={answer['run_id']} the app raised") :]
     assert f"in {name}\n" in log
     assert "relume_runner" not in log.split("Traceback")[1].split("INFO")[0], "only the app's own frames"
+
+
+def test_a_validator_that_raises_is_an_exception_of_the_apps(runner: Runner) -> None:
+    status, answer = runner.call("odd", odd={"name": "a"})
+    assert (status, answer["error"]["code"]) == (500, "exception")
+    assert "KeyError" in answer["error"]["message"]
+    log = runner.log[runner.log.index(f"run_id={answer['run_id']} the app raised") :]
+    assert "in check\n" in log
+
+
+@pytest.mark.parametrize("kind", ["KeyError", "ValueError", "SystemExit"])
+def test_a_serializer_that_raises_is_an_exception_of_the_apps(runner: Runner, kind: str) -> None:
+    status, answer = runner.call("written", how=kind)
+    assert (status, answer["error"]["code"]) == (500, "exception")
+    assert kind in answer["error"]["message"]
+    assert "secret" not in json.dumps(answer)
+    log = runner.log[runner.log.index(f"run_id={answer['run_id']} the app raised {kind}") :]
+    assert "in write\n" in log
+
+
+def test_a_model_with_a_field_that_is_not_json(runner: Runner) -> None:
+    status, answer = runner.call("holds")
+    assert (status, answer["error"]["code"]) == (500, "not_json")
+    assert "result is of type main.Holds" in answer["error"]["message"]
 
 
 def test_a_stream_that_breaks(runner: Runner) -> None:
@@ -381,6 +519,26 @@ def test_so_many_at_once_and_no_more(runner: Runner) -> None:
     for thread in threads:
         thread.join()
     assert max(most) == 4
+
+
+def test_a_response_keeps_its_slot_until_it_is_sent(runner: Runner) -> None:
+    bodies: list[bytes] = []
+    threads = [
+        threading.Thread(target=lambda: bodies.append(runner.request("POST", "/streamed", b"{}")[2]))
+        for _ in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(int(number) for body in bodies for number in body.split()) == 4
+
+
+def test_an_exit_in_the_body_of_a_response_does_not_end_the_server(runner: Runner) -> None:
+    for _ in range(6):
+        with pytest.raises(http.client.IncompleteRead):
+            runner.request("POST", "/streamed_exit", b"{}")
+    assert runner.result("predict", prompt="on")["text"] == "on"
 
 
 def test_a_call_waits_for_a_slot_while_health_answers(start: Callable[..., Runner]) -> None:
@@ -466,3 +624,95 @@ def test_multiprocessing_spawn_finds_the_apps_functions(start: Callable[..., Run
     )
     runner.wait_until_ready()
     assert runner.result("total", n=4) == 14
+
+
+QUIET = "import logging.config\nlogging.config.dictConfig({'version': 1})\n"
+
+
+def test_a_logging_configuration_of_the_apps_leaves_the_runners_lines(start: Callable[..., Runner]) -> None:
+    runner = start(QUIET + "def f():\n    raise ValueError('no')\n")
+    runner.wait_until_ready()
+    assert runner.call("f")[0] == 500
+    assert "serving POST /f" in runner.log
+    assert "ValueError: no" in runner.log
+
+
+def test_a_logging_configuration_does_not_hide_why_an_import_failed(start: Callable[..., Runner]) -> None:
+    runner = start(QUIET + "1 / 0\n")
+    assert runner.process.wait(20) == 1
+    assert "ZeroDivisionError" in runner.log
+
+
+def test_a_logging_configuration_leaves_the_servers_lines(start: Callable[..., Runner]) -> None:
+    runner = start(
+        QUIET
+        + "import logging\ndef f():\n"
+        + "    return [logging.getLogger(n).disabled for n in ('uvicorn', 'uvicorn.error', 'uvicorn.asgi')]\n"
+    )
+    runner.wait_until_ready()
+    assert runner.result("f") == [False, False, False]
+
+
+def test_an_annotation_that_cannot_be_resolved_is_one_parameters_affair(start: Callable[..., Runner]) -> None:
+    runner = start(
+        """
+        from __future__ import annotations
+
+        import functools
+        from typing import TYPE_CHECKING
+
+        from pydantic import BaseModel
+
+        if TYPE_CHECKING:
+            from nowhere import Thing
+
+        class Item(BaseModel):
+            name: str
+
+        class Plain:
+            pass
+
+        def f(item: Item, thing: Thing = None, either: Item | Plain = None) -> Thing:
+            return [type(item).__name__, thing, either]
+        """
+    )
+    runner.wait_until_ready()
+    assert runner.result("f", item={"name": "a"}, thing={"b": 1}, either={"c": 2}) == [
+        "Item",
+        {"b": 1},
+        {"c": 2},
+    ]
+    assert runner.call("f", item={})[0] == 422
+    (warning,) = [line for line in runner.log.splitlines() if line.startswith("WARNING")]
+    assert "f: values of either are passed on" in warning
+
+
+def test_the_annotations_of_a_decorated_function_are_those_of_its_module(
+    tmp_path: Path, start: Callable[..., Runner]
+) -> None:
+    (tmp_path / "helpers.py").write_text(
+        "import functools\n"
+        "def traced(function):\n"
+        "    @functools.wraps(function)\n"
+        "    def call(*args, **kwargs):\n"
+        "        return function(*args, **kwargs)\n"
+        "    return call\n"
+    )
+    runner = start(
+        """
+        from __future__ import annotations
+
+        from pydantic import BaseModel
+
+        from helpers import traced
+
+        class Item(BaseModel):
+            name: str
+
+        @traced
+        def f(item: Item):
+            return type(item).__name__
+        """
+    )
+    runner.wait_until_ready()
+    assert runner.result("f", item={"name": "a"}) == "Item"

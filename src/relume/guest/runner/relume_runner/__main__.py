@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import signal
 import sys
 from pathlib import Path
@@ -13,14 +12,13 @@ import uvicorn
 
 from ._app import App
 from ._load import LoadFailed, Stopped, load
+from ._log import log, log_to_stderr, server_loggers_kept
 from ._restore import RestoreWatch
-
-log = logging.getLogger("relume")
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
-    _log_to_stderr()
+    log_to_stderr()
     # As pid 1 of a container this process ignores SIGTERM unless it handles it, and imports can take minutes.
     signal.signal(signal.SIGTERM, _stop)
 
@@ -33,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     watch = RestoreWatch()
 
     try:
-        functions = load(options.file)
+        with server_loggers_kept():
+            functions = load(options.file)
     except Stopped:
         return 128 + signal.SIGTERM
     except LoadFailed as error:
@@ -46,7 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     log.info("serving %s on port %d", ", ".join(f"POST /{name}" for name in functions), options.port)
     server = uvicorn.Server(config)
     server.run()
-    return 0 if server.started else 1
+    if not server.started:
+        return 1
+    # Here only an uvicorn < 0.29 arrives; later ones raise the signal again, and with it Stopped.
+    return 128 + signal.SIGTERM if server.should_exit else 0
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
@@ -58,17 +60,6 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     if options.concurrency < 1:
         parser.error("--concurrency must be at least 1")
     return options
-
-
-def _log_to_stderr() -> None:
-    """Lines of ours without a time stamp: the node keeps one for every line. The app's prints appear at once,
-    though stdout is a pipe."""
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s relume: %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -13,6 +13,9 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from ._errors import AppError
+from ._log import log
+
 Function = Callable[..., Any]
 
 
@@ -54,16 +57,32 @@ class Parameters:
             for parameter in self._parameters
             if parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         }
-        hints = _hints(function)
+        scope = getattr(inspect.unwrap(function), "__globals__", {})
         self._converters = {
-            name: converter for name in self._named if (converter := _converter(hints.get(name))) is not None
+            name: converter
+            for name, parameter in self._named.items()
+            if (converter := self._converter(parameter, scope)) is not None
         }
+        self._shown = "(" + ", ".join(map(_shown, self._parameters)) + ")"
 
     def __str__(self) -> str:
-        return "(" + ", ".join(str(parameter) for parameter in self._parameters) + ")"
+        """The signature, for anybody to read: of default values only those that can hold no secret."""
+        return self._shown
+
+    def _converter(self, parameter: inspect.Parameter, scope: dict[str, Any]) -> Callable[[Any], Any] | None:
+        try:
+            return _converter(_resolved(parameter.annotation, scope))
+        except Exception as error:
+            log.warning(
+                "%s: values of %s are passed on as JSON gives them, as its annotation cannot be validated: "
+                "%s: %s",
+                *(self._name, parameter.name, type(error).__name__, str(error).partition("\n")[0]),
+            )
+            return None
 
     def bind(self, body: dict[str, Any], run_id: str) -> tuple[list[Any], dict[str, Any]]:
-        """Positional and keyword arguments for a call. Raises BadArguments.
+        """Positional and keyword arguments for a call. Raises BadArguments, and AppError where a validator of
+        the app's raised what is no ValueError.
 
         A parameter named ``run_id`` gets the run's id unless the body has one, as on Cerebrium.
         """
@@ -84,28 +103,51 @@ class Parameters:
                     given[name] = convert(given[name])
                 except ValueError as error:
                     problems += _validation_problems(name, error)
+                except BaseException as error:
+                    raise AppError from error
         if problems:
             raise BadArguments(422, f"the body does not fit {self._name}{self}", problems)
         positional = [
-            given.pop(name)
+            given.pop(name, parameter.default)  # each has its place, also one behind which another is given
             for name, parameter in self._named.items()
-            if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and name in given
+            if parameter.kind is inspect.Parameter.POSITIONAL_ONLY
         ]
         return positional, given
 
 
-def _hints(function: Function) -> dict[str, Any]:
+class _Hidden:
+    def __repr__(self) -> str:
+        return "..."
+
+
+def _shown(parameter: inspect.Parameter) -> str:
+    """``n: int = 1``, with ``...`` for a default that may be a key, a model, or have a repr that raises."""
+    default = parameter.default
+    if default is not inspect.Parameter.empty and type(default) not in (type(None), bool, int, float):
+        parameter = parameter.replace(default=_Hidden())
     try:
-        return typing.get_type_hints(function)
+        return str(parameter)
+    except Exception:  # of the repr of something in the annotation
+        return parameter.name
+
+
+def _resolved(annotation: Any, scope: dict[str, Any]) -> Any:
+    """The annotation with the names in it looked up; None where there is one that cannot be found (under
+    TYPE_CHECKING): such an annotation asks for nothing at run time."""
+
+    def holder() -> None: ...
+
+    holder.__annotations__ = {"parameter": annotation}
+    try:
+        return typing.get_type_hints(holder, scope)["parameter"]
     except Exception:
-        # An annotation that cannot be resolved (a name under TYPE_CHECKING) asks for nothing at run time.
-        return {}
+        return None
 
 
 def _converter(annotation: Any) -> Callable[[Any], Any] | None:
     """How to make a value of ``annotation``, when there is a pydantic model in it."""
     pydantic: Any = sys.modules.get("pydantic")
-    if annotation is None or pydantic is None or not _mentions(annotation, pydantic.BaseModel):
+    if pydantic is None or not _mentions(annotation, pydantic.BaseModel):
         return None
     if hasattr(pydantic, "TypeAdapter"):
         validate: Callable[[Any], Any] = pydantic.TypeAdapter(annotation).validate_python

@@ -1,30 +1,36 @@
 """Run the app's functions: at most so many at once, the others wait their turn.
 
-Coroutine functions and async generators run on the event loop, all else in a pool of threads. A call holds
-its slot until it is really over: for a stream, until its generator is closed, even when the client is long
-gone.
+All of a call is run in one place, so that what the app opens in one step it can use and close in the next:
+
+- a coroutine function, and each step of an async generator to its ``aclose()``, in one task of its own.
+  Context variables, time-outs and task groups around a ``yield`` belong to a task.
+- any other function, and each ``next()`` of its generator to its ``close()``, on one thread and in one
+  context. SQLite connections and ``torch.no_grad()`` belong to a thread.
+
+Neither ends with the request. A call holds its slot and its thread until the app's code is really over: for
+a stream, until its generator is closed, even when the client is long gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import inspect
-import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-log = logging.getLogger("relume")
+from ._errors import AppError
+from ._log import log
 
 #: The id of the run that the current thread or task works for; empty outside of one.
 run_id: contextvars.ContextVar[str] = contextvars.ContextVar("run_id", default="")
 
+#: Of a step: (True, the chunk), (False, None) at the end, or what the app raised.
+Outcome = tuple[bool, Any] | AppError
+
 _END = object()
-
-
-class AppError(Exception):
-    """The app's function raised. ``__cause__`` is what it raised."""
 
 
 class Calls:
@@ -32,109 +38,209 @@ class Calls:
 
     def __init__(self, concurrency: int) -> None:
         self._slots = asyncio.Semaphore(concurrency)
-        self._pool = ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="call")
-        self._closing: set[asyncio.Task[None]] = set()
+        # One thread each. The one used last is taken first, so that few calls keep to few threads.
+        self._idle: list[ThreadPoolExecutor] = []
+        self._lives: set[asyncio.Task[None]] = set()  # an event loop alone does not keep its tasks
 
-    async def run(
-        self, function: Callable[..., Any], positional: list[Any], named: dict[str, Any]
-    ) -> tuple[Any, Stream | None]:
-        """Call the function when a slot is free. Returns its result and None, or None and a Stream if the
-        result is an iterator; the stream must be finished. Raises AppError."""
+    async def begin(self) -> Call:
+        """A call, as soon as a slot is free. It must be finished."""
         await self._slots.acquire()
-        stream = None
-        try:
-            if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-                result = _call(function, positional, named)
-            else:
-                result = await self.in_thread(contextvars.copy_context(), _call, function, positional, named)
-            if inspect.isawaitable(result):
-                result = await _awaited(result)
-            if isinstance(result, AsyncIterator | Iterator):
-                stream = Stream(self, result)
-                return None, stream
-            return result, None
-        finally:
-            if stream is None:
-                self._slots.release()
+        return Call(self)
 
-    async def in_thread(
-        self, context: contextvars.Context, function: Callable[..., Any], *arguments: Any
-    ) -> Any:
-        """``function(*arguments)`` in the pool; the step goes on to its end though the waiting task is
-        cancelled."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._pool, lambda: context.run(function, *arguments)
-        )
+    def live(self, call: Call, function: Callable[..., Any], *arguments: Any) -> asyncio.Task[None]:
+        """Start the life of ``call`` in a task that no cancelled request takes along."""
+        task = asyncio.get_running_loop().create_task(call.live(function, *arguments))
+        self._lives.add(task)
+        task.add_done_callback(self._lives.discard)
+        return task
 
-    def close_later(self, closing: Coroutine[Any, Any, None]) -> None:
-        """Run ``closing``, then free the slot, in a task that no cancelled request takes along."""
+    def take_thread(self) -> ThreadPoolExecutor:
+        return self._idle.pop() if self._idle else ThreadPoolExecutor(1, thread_name_prefix="call")
 
-        async def close() -> None:
-            try:
-                await closing
-            except Exception:
-                log.exception("a generator of the app raised while it was closed")
-            finally:
-                self._slots.release()
-
-        task = asyncio.get_running_loop().create_task(close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+    def end(self, thread: ThreadPoolExecutor | None) -> None:
+        """A call is over: its thread is idle, its slot free."""
+        if thread is not None:
+            self._idle.append(thread)
+        self._slots.release()
 
 
-class Stream:
-    """The chunks of a generator, one at a time."""
+class Call:
+    """One call of a function. ``run`` it, take the chunks with ``next`` if it is ``streaming``, and
+    ``finish`` it whatever happened."""
 
-    def __init__(self, calls: Calls, iterator: AsyncIterator[Any] | Iterator[Any]) -> None:
+    def __init__(self, calls: Calls) -> None:
+        #: The result of ``run`` is an iterator, whose items ``next`` gives.
+        self.streaming = False
         self._calls = calls
-        self._iterator = iterator
-        # One context for all steps, though each may run in another thread.
-        self._context = contextvars.copy_context()
-        self._step: asyncio.Future[Any] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._context = contextvars.copy_context()  # of the thread; a task has its own
+        # The request asks for one step at a time: it makes the future and sets the event.
+        self._answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._asked = asyncio.Event()
+        self._awaiting = False  # the task is in a coroutine of the app's
         self._finished = False
 
+    async def run(self, function: Callable[..., Any], positional: list[Any], named: dict[str, Any]) -> Any:
+        """Call the function. Its result; None if that is an iterator. Raises AppError."""
+        self._task = self._calls.live(self, function, positional, named)
+        return await self._answer
+
     async def next(self) -> tuple[bool, Any]:
-        """(True, the next chunk), or (False, None) at the end. Raises AppError."""
-        if isinstance(self._iterator, AsyncIterator):
-            try:
-                return True, await _awaited(self._iterator.__anext__())
-            except AppError as error:
-                if isinstance(error.__cause__, StopAsyncIteration):
-                    return False, None
-                raise
-        step = self._calls.in_thread(self._context, _call, next, [self._iterator, _END], {})
-        self._step = asyncio.ensure_future(step)
-        chunk = await asyncio.shield(self._step)
-        return (False, None) if chunk is _END else (True, chunk)
+        """(True, the next chunk), or (False, None) at the end. Raises AppError.
+
+        The generator is at most one chunk ahead of the client: no step is made that nobody asked for.
+        """
+        self._answer = asyncio.get_running_loop().create_future()
+        self._asked.set()
+        chunk: tuple[bool, Any] = await self._answer
+        return chunk
 
     def finish(self) -> None:
-        """Close the generator and free the slot, in the background. May be called twice."""
-        if not self._finished:
-            self._finished = True
-            self._calls.close_later(self._close())
+        """Close the generator, then give slot and thread back, in the background. May be called twice.
 
-    async def _close(self) -> None:
-        if isinstance(self._iterator, AsyncIterator):
-            if hasattr(self._iterator, "aclose"):
-                await self._iterator.aclose()
+        A coroutine is cancelled; a thread ends its step first.
+        """
+        if self._finished:
             return
-        if self._step is not None:
-            await asyncio.wait([self._step])  # a generator that runs cannot be closed
-        if hasattr(self._iterator, "close"):
-            await self._calls.in_thread(self._context, self._iterator.close)
+        self._finished = True
+        self._asked.set()
+        if self._task is None:
+            self._calls.end(None)
+        elif self._awaiting:
+            self._task.cancel()
+
+    async def live(self, function: Callable[..., Any], positional: list[Any], named: dict[str, Any]) -> None:
+        """All that happens to the app's code in this call, from begin to end."""
+        iterator = None
+        try:
+            if self._finished:  # before it began
+                return
+            try:
+                result = await self._result(function, positional, named)
+            except AppError as error:
+                self._tell(error)
+            else:
+                if isinstance(result, AsyncIterator | Iterator):
+                    self.streaming = True
+                    iterator, result = result, None
+                self._tell(result)
+            await self._serve(iterator)
+            await self._close(iterator)
+        finally:
+            self._answer.cancel()  # if it still waits: only the end of the event loop leads here then
+            self._calls.end(self._thread)
+
+    async def _result(
+        self, function: Callable[..., Any], positional: list[Any], named: dict[str, Any]
+    ) -> Any:
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            result = _call(function, *positional, **named)
+        else:
+            result = await self._on_thread(function, *positional, **named)
+        if inspect.isawaitable(result):
+            if self._finished and inspect.iscoroutine(result):
+                result.close()
+                return None
+            result = await self._in_task(result)
+        return result
+
+    async def _serve(self, iterator: Any) -> None:
+        """Make one step each time that one is asked for, until the call is finished."""
+        ahead: Outcome | None = None
+        more = True
+        while True:
+            try:
+                await self._asked.wait()
+            except asyncio.CancelledError as cancelled:
+                # A time-out or a cancel scope around a yield ran out while the client took its time: that is
+                # for the generator, which knows what to make of it.
+                if not isinstance(iterator, AsyncGenerator):
+                    raise
+                if more:
+                    ahead = await self._step(iterator, cancelled)
+                    more = _is_chunk(ahead)
+                continue
+            if self._finished:
+                return
+            self._asked.clear()
+            outcome, ahead = ahead or await self._step(iterator), None
+            more = _is_chunk(outcome)
+            self._tell(outcome)
+
+    async def _step(self, iterator: Any, thrown: BaseException | None = None) -> Outcome:
+        try:
+            if thrown is not None and isinstance(iterator, AsyncGenerator):
+                return True, await self._in_task(_call(iterator.athrow, thrown))
+            if isinstance(iterator, AsyncIterator):
+                return True, await self._in_task(_call(iterator.__anext__))
+            chunk = await self._on_thread(next, iterator, _END)
+            return (False, None) if chunk is _END else (True, chunk)
+        except AppError as error:
+            return (False, None) if isinstance(error.__cause__, StopAsyncIteration) else error
+
+    async def _close(self, iterator: Any) -> None:
+        try:
+            if isinstance(iterator, AsyncIterator):
+                if hasattr(iterator, "aclose"):
+                    await self._in_task(_call(iterator.aclose))
+            elif hasattr(iterator, "close"):
+                await self._on_thread(iterator.close)
+        except AppError as error:
+            _log_unheard(error)
+
+    def _tell(self, outcome: Any) -> None:
+        """Give the waiting request its answer, if it still waits."""
+        if self._answer.done():
+            if isinstance(outcome, AppError):
+                _log_unheard(outcome)
+        elif isinstance(outcome, AppError):
+            self._answer.set_exception(outcome)
+        else:
+            self._answer.set_result(outcome)
+
+    async def _on_thread(self, function: Callable[..., Any], /, *positional: Any, **named: Any) -> Any:
+        """Call it on the thread of this call. Raises AppError."""
+        if self._thread is None:
+            self._thread = self._calls.take_thread()
+        step = functools.partial(self._context.run, _call, function, *positional, **named)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, step)
+
+    async def _in_task(self, awaitable: Awaitable[Any]) -> Any:
+        """Await it in the task of this call. Raises AppError."""
+        self._awaiting = True
+        try:
+            return await awaitable
+        except BaseException as error:
+            raise AppError from error
+        finally:
+            self._awaiting = False
 
 
-def _call(function: Callable[..., Any], positional: list[Any], named: dict[str, Any]) -> Any:
-    """The call, with whatever it raises wrapped: a StopIteration may not pass through a future, and an exit()
-    in one call is no reason to end the server."""
+def _call(function: Callable[..., Any], /, *positional: Any, **named: Any) -> Any:
+    """The call, with whatever it raises wrapped: a StopIteration may not pass through a future, a
+    CancelledError would pass for a cancellation, and an exit() in one call is no reason to end the server."""
     try:
         return function(*positional, **named)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise AppError from error
 
 
-async def _awaited(awaitable: Any) -> Any:
-    try:
-        return await awaitable
-    except (Exception, SystemExit) as error:
-        raise AppError from error
+def _is_chunk(outcome: Outcome) -> bool:
+    return not isinstance(outcome, AppError) and outcome[0]
+
+
+def _log_unheard(error: AppError) -> None:
+    """What the app raised when its request was gone."""
+    if not _is_end(error.__cause__):
+        log.error(
+            "run_id=%s the app raised %s while it was closed\n%s", run_id.get(), error.name, error.report()
+        )
+
+
+def _is_end(error: BaseException | None) -> bool:
+    """Being closed or cancelled is all that it says; a task group around a yield makes a group of that."""
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return True
+    parts = getattr(error, "exceptions", None)  # of a BaseExceptionGroup, which Python 3.10 does not have
+    return parts is not None and all(map(_is_end, parts))

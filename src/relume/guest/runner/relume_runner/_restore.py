@@ -23,7 +23,9 @@ _JUMP = 0.02
 
 
 class RestoreWatch:
-    """Reseeds once for every restore, unless the environment has ``RELUME_RESEED=0``."""
+    """Reseeds once for every restore, unless the environment has ``RELUME_RESEED=0``, or the SDK's
+    ``checkpoint()`` ended in this very copy: that has reseeded, or was told not to, and the app may have
+    seeded since."""
 
     def __init__(self) -> None:
         self._restore_id: str | None = _sdk.restore_id()
@@ -45,7 +47,7 @@ class RestoreWatch:
         if found is None or found == self._restore_id:
             return False
         self._restore_id = found
-        if os.environ.get("RELUME_RESEED") != "0":
+        if os.environ.get("RELUME_RESEED") != "0" and found != _sdk._checkpoint.handled():
             _sdk.reseed()
         return True
 

@@ -6,6 +6,8 @@ import json
 import sys
 from typing import Any
 
+from ._errors import AppError
+
 
 class NotJson(Exception):
     """The value cannot be JSON. The message says which part of it, and its type."""
@@ -13,12 +15,13 @@ class NotJson(Exception):
 
 def as_json(value: Any) -> bytes:
     """``value`` as JSON. pydantic models anywhere in it are dumped; NaN and infinities are refused, since
-    JSON has none. Raises NotJson."""
+    JSON has none. Half a surrogate pair, which UTF-8 has no bytes for, is escaped. Raises NotJson, and
+    AppError where a serializer of the app's raised."""
     try:
         text = json.dumps(
             value, allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_dump_model
         )
-        return text.encode()
+        return text.encode("utf-8", "backslashreplace")
     except (TypeError, ValueError, RecursionError) as error:
         raise NotJson(_culprit(value, "result") or str(error)) from error
 
@@ -41,9 +44,18 @@ def as_event(chunk: Any) -> bytes:
 
 def _dump_model(value: Any) -> Any:
     pydantic: Any = sys.modules.get("pydantic")
-    if pydantic is not None and isinstance(value, pydantic.BaseModel):
+    if pydantic is None or not isinstance(value, pydantic.BaseModel):
+        raise TypeError(type(value).__name__)
+    try:
         return value.model_dump(mode="json") if hasattr(value, "model_dump") else json.loads(value.json())
-    raise TypeError(type(value).__name__)
+    except (TypeError, RecursionError):
+        raise
+    except BaseException as error:
+        if type(error).__name__ != "PydanticSerializationError":
+            raise AppError from error
+        if error.__cause__ is None:  # pydantic's own: a field holds what JSON cannot
+            raise
+        raise AppError from error.__cause__
 
 
 def _culprit(value: Any, where: str, depth: int = 0) -> str:

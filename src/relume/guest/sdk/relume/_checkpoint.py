@@ -23,6 +23,8 @@ Hook = TypeVar("Hook", bound=Callable[[], Any])
 _before: list[Callable[[], Any]] = []
 _after: list[Callable[[], Any]] = []
 
+_handled: str | None = None
+
 # One request at a time in this process: the hooks of two would run into each other.
 _turn = threading.Lock()
 
@@ -157,7 +159,15 @@ def _checkpoint(timeout: float, reseed: bool) -> Checkpoint:
     )
 
 
+def handled() -> str | None:
+    """The ``restore_id`` of the copy in which ``checkpoint()`` last ended: what a restore calls for is done
+    there, and the runner leaves it alone."""
+    return _handled
+
+
 def _restored(status: dict[str, Any], reseed: bool) -> Checkpoint:
+    global _handled
+    _handled = str(status["restore_id"])
     if reseed:
         _randomness.reseed()
     first: Exception | None = None
