@@ -55,9 +55,7 @@ class Screen:
     def data(self, value: Any, lines: Sequence[str] = ()) -> None:
         """The result: ``value`` as JSON, or its lines for people."""
         if self.as_json:
-            _print(
-                json.dumps(value, indent=2 if sys.stdout.isatty() else None, ensure_ascii=False, default=str)
-            )
+            _print(_json(value, indent=2 if sys.stdout.isatty() else None))
             return
         for line in lines:
             _print(line)
@@ -118,7 +116,7 @@ class Screen:
 def error(failure: RelumeError, *, as_json: bool) -> None:
     """The end of a command that failed."""
     if as_json:
-        _print(json.dumps({"error": failure.as_dict()}, ensure_ascii=False, default=str))
+        _print(_json({"error": failure.as_dict()}))
         return
     first, *more = failure.message.splitlines() or [failure.code]
     _say(f"✗ {first}")
@@ -202,6 +200,11 @@ def _rich_panel(title: str, lines: list[str]) -> None:
     from rich.text import Text
 
     Console(stderr=True).print(Panel(Text("\n".join(lines)), title=title, expand=False, padding=(1, 2)))
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """In ASCII, so that any stream takes it, and a name that is no UTF-8 comes through whole (os.fsencode)."""
+    return json.dumps(value, indent=indent, default=str)
 
 
 def _print(line: str) -> None:

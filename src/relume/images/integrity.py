@@ -13,6 +13,7 @@ manifests), nor from a disk that returns other bytes at a second reading in the 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import mmap
 import os
@@ -145,13 +146,20 @@ class Verifier:
     def _memory(self, path: Path, count: int) -> _Memory:
         if self._runtime is None:
             return _Memory(None, count)
-        status = path.stat()
-        name = f"{status.st_dev:x}-{status.st_ino:x}-{status.st_ctime_ns:x}-{status.st_size:x}"
-        return _Memory(self._runtime / name, count)
+        return _Memory(self._runtime / _name(path), count)
+
+
+def forget(directory: Path, runtime: Path) -> None:
+    """Removes what ``runtime`` remembers of the images in ``directory``, which are about to go."""
+    if (current := _of_this_boot(runtime)) is None:
+        return
+    for path in _images(directory):
+        with contextlib.suppress(OSError):
+            (current / _name(path)).unlink()
 
 
 class PagesVerifier:
-    """Checks blocks of one mapped pages file."""
+    """Checks blocks of one pages file, mapped or read."""
 
     def __init__(self, path: Path, blocks: tuple[bytes, ...], memory: _Memory) -> None:
         self._path = path
@@ -174,14 +182,33 @@ class PagesVerifier:
         for index in range(offset // BLOCK_BYTES, (offset + length - 1) // BLOCK_BYTES + 1):
             if self._seen[index]:
                 continue
-            block = content[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
-            if blake3(block).digest() != self._blocks[index]:
-                raise Untrusted(
-                    f"{self._path}: the 2 MiB at {index * BLOCK_BYTES:#x} are not what was written at the checkpoint",
-                    hint=_REMEDY,
-                )
-            self.hashed_bytes += len(block)
-            self._seen[index] = 1
+            self._check(index, content[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES])
+
+    def check_all(self) -> None:
+        """Verifies the whole file. Raises Untrusted; ImageError where it cannot be read; OSError.
+
+        Reads it: what cannot be read of a mapped file is a SIGBUS, which nobody survives.
+        """
+        buffer = memoryview(bytearray(BLOCK_BYTES))
+        with self._path.open("rb", buffering=0) as file:
+            for index in range(len(self._blocks)):
+                if self._seen[index]:
+                    continue
+                try:
+                    file.seek(index * BLOCK_BYTES)
+                    block = _filled(buffer, file)
+                except OSError as error:
+                    raise ImageError(f"{self._path}: cannot be read: {error}", hint=_REMEDY) from error
+                self._check(index, block)
+
+    def _check(self, index: int, block: memoryview) -> None:
+        if blake3(block).digest() != self._blocks[index]:
+            raise Untrusted(
+                f"{self._path}: the 2 MiB at {index * BLOCK_BYTES:#x} are not what was written at the checkpoint",
+                hint=_REMEDY,
+            )
+        self.hashed_bytes += len(block)
+        self._seen[index] = 1
 
     def close(self) -> None:
         """Lets go of the memory. Nothing may be checked after it."""
@@ -189,7 +216,10 @@ class PagesVerifier:
 
 
 class _Memory(contextlib.AbstractContextManager["bytearray | mmap.mmap"]):
-    """One byte per block, 1 when verified: a mapped file, so that processes share it without locks."""
+    """One byte per block, 1 when verified: a mapped file, so that processes share it without locks.
+
+    Where there is no room for the file, this object remembers for itself.
+    """
 
     def __init__(self, path: Path | None, count: int) -> None:
         self._path = path
@@ -199,12 +229,10 @@ class _Memory(contextlib.AbstractContextManager["bytearray | mmap.mmap"]):
     def __enter__(self) -> bytearray | mmap.mmap:
         if self._path is None:
             return bytearray(self._count)
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(descriptor, self._count)  # same path, same size: the name carries the file's own
-            self._mapped = mmap.mmap(descriptor, self._count)
-        finally:
-            os.close(descriptor)
+            self._mapped = _mapped(self._path, self._count)
+        except OSError:
+            return bytearray(self._count)
         return self._mapped
 
     def __exit__(self, *_: object) -> None:
@@ -213,10 +241,30 @@ class _Memory(contextlib.AbstractContextManager["bytearray | mmap.mmap"]):
             self._mapped = None
 
 
-def _of_this_boot(runtime: Path) -> Path:
-    """``runtime``/verified/BOOT; what earlier boots left beside it is removed."""
+def _mapped(path: Path, size: int) -> mmap.mmap:
+    """``size`` bytes of ``path``, made where it is not there. Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        # A hole in a full tmpfs would be a SIGBUS at the first write. Same path, same size: see _name.
+        os.posix_fallocate(descriptor, 0, size)
+        return mmap.mmap(descriptor, size)
+    finally:
+        os.close(descriptor)
+
+
+def _name(path: Path) -> str:
+    """Names these bytes of a file for as long as the machine runs."""
+    status = path.stat()
+    return f"{status.st_dev:x}-{status.st_ino:x}-{status.st_ctime_ns:x}-{status.st_size:x}"
+
+
+def _of_this_boot(runtime: Path) -> Path | None:
+    """``runtime``/verified/BOOT; what earlier boots left beside it is removed. None where there is no room for it."""
     current = runtime / "verified" / boot_id()
-    current.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        current.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return None
     for other in current.parent.iterdir():
         if other != current:
             shutil.rmtree(other, ignore_errors=True)
@@ -237,8 +285,15 @@ def _is_pages(name: str) -> bool:
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
+    buffer = memoryview(bytearray(BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
-        while block := file.read(BLOCK_BYTES):
-            while len(block) < BLOCK_BYTES and (rest := file.read(BLOCK_BYTES - len(block))):
-                block += rest
+        while block := _filled(buffer, file):
             yield blake3(block).digest()
+
+
+def _filled(buffer: memoryview, file: io.RawIOBase) -> memoryview:
+    """What ``file`` has next: all of ``buffer``, or what was left."""
+    size = 0
+    while size < len(buffer) and (count := file.readinto(buffer[size:])):
+        size += count
+    return buffer[:size]

@@ -50,7 +50,10 @@ class Keeper:
         return self._writer is not None
 
     async def connect(self, *, patience: float = 10.0) -> dict[str, Any]:
-        """Connect, waiting ``patience`` seconds for it to listen; returns what ``hello`` tells."""
+        """Connect, waiting ``patience`` seconds for it to listen; returns what ``hello`` tells.
+
+        Raises KeeperLost when there is none, OSError when it cannot be seen whether there is.
+        """
         path = Path(self.container.runtime) / SOCKET
         deadline = asyncio.get_running_loop().time() + patience
         while True:
@@ -59,6 +62,8 @@ class Keeper:
                 break
             except OSError as error:
                 if asyncio.get_running_loop().time() >= deadline:
+                    if not isinstance(error, FileNotFoundError | ConnectionRefusedError):
+                        raise
                     raise KeeperLost(
                         f"the keeper of {self.container.instance_id} does not answer: {error}",
                         hint=f"its last words are in {path.with_name('keeper.log')}",
@@ -112,9 +117,13 @@ class Keeper:
     async def restore(self, job: RestoreJob) -> dict[str, Any]:
         return await self.ask("restore", job=dataclasses.asdict(job))
 
-    async def resume(self, environment: dict[str, str], first_line: str, stopped: Sequence[int]) -> None:
+    async def resume(
+        self, environment: dict[str, str], given: dict[str, str], first_line: str, stopped: Sequence[int]
+    ) -> None:
         """Let a prepared instance run."""
-        await self.ask("resume", environment=environment, first_line=first_line, stopped=list(stopped))
+        await self.ask(
+            "resume", environment=environment, given=given, first_line=first_line, stopped=list(stopped)
+        )
 
     async def dump(self, job: DumpJob) -> DumpResult:
         """Dump; the result says whether it worked."""

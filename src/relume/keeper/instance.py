@@ -51,6 +51,8 @@ class Assignment:
     exit_file: str
     id_base: int
     first_line: str = ""
+    given: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The part of ``environment`` that came from whoever started it; kept for a node that adopts it."""
 
 
 class Instance:
@@ -111,11 +113,13 @@ class Instance:
             self._let_probe()
         return told
 
-    def resume(self, environment: dict[str, str], first_line: str, stopped: list[int]) -> None:
+    def resume(
+        self, environment: dict[str, str], given: dict[str, str], first_line: str, stopped: list[int]
+    ) -> None:
         """Let a prepared instance run, as an instance of now: environment, first line of the log, clock."""
         if self.phase != "prepared" or self._assignment is None or self._log is None:
             raise Conflict(f"{self._container.instance_id} is {self.phase}, not prepared")
-        self._assignment = dataclasses.replace(self._assignment, environment=environment)
+        self._assignment = dataclasses.replace(self._assignment, environment=environment, given=given)
         self._log.write(first_line.encode() + b"\n", RELUME)
         self.phase = "starting"
         self._engine.resume(stopped)
@@ -205,6 +209,7 @@ class Instance:
             "requests": sorted(self._requests),
             "dump": self.dump,
             "paging": self.paging,
+            "given": self._assignment.given if self._assignment is not None else {},
         }
 
     # --- what happens by itself -------------------------------------------------------------------
@@ -239,6 +244,9 @@ class Instance:
             except OSError as error:
                 made.close()
                 refused = error
+            except BaseException:  # called off, and not to lie in a queue of the app's
+                made.close()
+                raise
         raise refused
 
     async def _watch_readiness(self) -> None:
@@ -257,7 +265,8 @@ class Instance:
 
     async def _probe_once(self, assignment: Assignment) -> bool:
         try:
-            connection = await self._dial()
+            async with asyncio.timeout(probe.PATIENCE):  # with its queue full an app lets us wait two minutes
+                connection = await self._dial()
         except OSError:
             return False
         if not assignment.readycheck:

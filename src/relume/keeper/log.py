@@ -1,8 +1,8 @@
 """The log of one instance: raw bytes in one file, time stamps in another, rotation by size.
 
 ``log`` holds exactly what the app wrote, both streams in the order they arrived. ``log.times`` has a line
-``OFFSET UNIX_TIME STREAM`` for each piece that was read, OFFSET being where it begins in ``log``. At
-``limit`` bytes both are renamed to ``.1`` (one generation is kept) at a line's end.
+``OFFSET UNIX_TIME STREAM`` for each piece that was read, OFFSET being where it begins in ``log``. When either has
+``limit`` bytes, both are renamed to ``.1`` (one generation is kept) at a line's end.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ class Log:
         self._limit = limit
         self._raw, self._times = _opened(path), _opened(times_of(path))
         self._size = os.fstat(self._raw).st_size
+        self._stamped = os.fstat(self._times).st_size
 
     def write(self, data: bytes, stream: str) -> None:
         """Append ``data``, all of it. Never raises OSError: a full disk loses it, since the app must not stand
         still for its log."""
-        if self._size >= self._limit and data:
+        if max(self._size, self._stamped) >= self._limit and data:
             data = self._rotate(data, stream)
         self._append(data, stream)
 
@@ -36,7 +37,8 @@ class Log:
         if not data:
             return
         try:
-            os.write(self._times, f"{self._size} {time.time():.6f} {stream}\n".encode())
+            stamp = f"{self._size} {time.time():.6f} {stream}\n".encode()
+            self._stamped += os.write(self._times, stamp)
             rest = memoryview(data)
             while rest:
                 written = os.write(self._raw, rest)
@@ -48,7 +50,7 @@ class Log:
     def _rotate(self, data: bytes, stream: str) -> bytes:
         """Finish the line that is being written, rename both files; returns what belongs to the new one."""
         end = data.find(b"\n") + 1
-        if not end and self._size < 2 * self._limit:
+        if not end and max(self._size, self._stamped) < 2 * self._limit:
             return data  # in the middle of a long line: let it grow a little
         self._append(data[:end], stream)
         paths = (self._path, times_of(self._path))
@@ -66,7 +68,7 @@ class Log:
             return data[end:]
         self.close()
         self._raw, self._times = fresh
-        self._size = 0
+        self._size = self._stamped = 0
         return data[end:]
 
     def close(self) -> None:

@@ -15,7 +15,8 @@ import h11
 _FIRST_PAUSE = 0.002
 _LONGEST_PAUSE = 0.25
 _GROWTH = 1.3
-_PATIENCE = 5.0
+PATIENCE = 5.0
+"""Seconds for a connection, and again for the answer: a dump that is asked for waits as long."""
 _IN_URLS = "%/:?#[]@!$&'()*+,;="  # RFC 3986's reserved characters, and what is encoded already
 
 
@@ -36,7 +37,7 @@ async def answers(connection: socket.socket, endpoint: str, host: str) -> bool:
     What a URL cannot hold (a space, an umlaut) is percent-encoded, as any client would.
     """
     try:
-        async with asyncio.timeout(_PATIENCE):
+        async with asyncio.timeout(PATIENCE):
             return 200 <= await _status(connection, endpoint, host) < 300
     except (OSError, h11.RemoteProtocolError):
         return False

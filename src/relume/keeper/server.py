@@ -99,7 +99,9 @@ class Server:
             case "restore":
                 return await instance.restore(RestoreJob(**message["job"]))
             case "resume":
-                instance.resume(message["environment"], message["first_line"], message["stopped"])
+                instance.resume(
+                    message["environment"], message["given"], message["first_line"], message["stopped"]
+                )
                 return {}
             case "dump":
                 return await instance.make_dump(DumpJob(**message["job"]))

@@ -1,7 +1,7 @@
 """Across restarts of the node: instances that an earlier run of it left running, and what waits in them.
 
 Guarantees: an instance does not notice; what asked for a checkpoint is answered, from the dump that its keeper
-saw through meanwhile if there was one.
+saw through meanwhile if there was one. A keeper that does not answer yet is waited for as long as it is there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from relume.checkpoint.shelf import Intent, Shelf
 from relume.engine.jobs import Container
 from relume.errors import GpuLost, RelumeError, StartFailed
 from relume.keeper.client import Keeper
+from relume.keeper.instance import read_exit_code
 from relume.linux import cgroup
 from relume.node.background import Background
 from relume.node.ending import Ending
@@ -32,7 +33,9 @@ from relume.node.settings import Settings
 log = logging.getLogger(__name__)
 
 _PATIENCE = 5.0
-"""Seconds for a keeper's first words to a restarted node; it has nothing else to do."""
+"""Seconds for a keeper's first words to a restarted node, before it goes on with other things."""
+
+_PAUSE = 1.0
 
 
 class Adoption:
@@ -64,24 +67,34 @@ class Adoption:
         self._failures = failures
 
     async def adopt(self, row: dict[str, Any], build: Build) -> bool:
-        """Take over the instance of a row of the node's state; whether it still runs."""
-        facts = row["facts"]
+        """Take over the instance of a row of the node's state; whether it still runs, or may."""
         early: list[dict[str, Any]] = []
-        keeper = Keeper(Container(**facts["container"]), early.append)
+        instance = self._instance(row, build, Keeper(Container(**row["facts"]["container"]), early.append))
+        answering = asyncio.create_task(_first_words(instance.keeper))
+        await asyncio.wait([answering], timeout=_PATIENCE)
+        if not answering.done():
+            log.warning("the keeper of %s does not answer yet", instance.instance_id)
+            self._hold(instance)
+            self._background.spawn(self._when_it_answers(instance, answering, early))
+            return True
         try:
-            async with asyncio.timeout(_PATIENCE):
-                told = await keeper.connect(patience=0.5)
-        except (RelumeError, TimeoutError) as error:
-            log.info("%s was not there any more: %s", row["instance_id"], error)
-            await keeper.close()
+            told = answering.result()
+        except RelumeError as error:
+            log.info("%s was not there any more: %s", instance.instance_id, error)
+            await instance.keeper.close()
             return False
-        share = GpuShare.from_dict(facts["gpu"]) if facts.get("gpu") else None
-        half_made = share is not None and facts["restored"] and not facts["gpu_given"]
-        if told["phase"] not in ("starting", "ready") or half_made:  # a prepared one is made anew
-            await keeper.end()
-            await keeper.close()
+        if not _adoptable(instance, told):
+            await instance.keeper.end()
+            await instance.keeper.close()
             return False
-        instance = Instance(
+        self._hold(instance)
+        self._take_over(instance, told, early)
+        return True
+
+    def _instance(self, row: dict[str, Any], build: Build, keeper: Keeper) -> Instance:
+        """As the earlier run of this node wrote it down."""
+        facts = row["facts"]
+        return Instance(
             instance_id=row["instance_id"],
             build=build,
             settings=Settings.of(build),
@@ -92,24 +105,53 @@ class Adoption:
             checkpoint_id=facts["checkpoint_id"],
             deferred=facts["deferred"],
             maker=facts["maker"],
-            port=told["port"],
+            port=facts["port"],
             started_at=row["started_at"],
             adopted=True,
-            gpu=share,
+            gpu=GpuShare.from_dict(facts["gpu"]) if facts.get("gpu") else None,
             gpu_given=facts.get("gpu_given", False),
+            state="starting" if row["state"] == "stopping" else row["state"],
         )
-        if share is not None:
-            self._gpus.hold(instance.instance_id, share)
+
+    def _hold(self, instance: Instance) -> None:
+        """It is one of this node's instances."""
+        self._roster.instances[instance.instance_id] = instance
+        if instance.gpu is not None:
+            self._gpus.hold(instance.instance_id, instance.gpu)
+
+    async def _when_it_answers(
+        self, instance: Instance, answering: asyncio.Task[dict[str, Any]], early: list[dict[str, Any]]
+    ) -> None:
+        """A keeper that was stopped, or starved, is none that is gone, and its app runs."""
+        try:
+            told = await answering
+        except RelumeError as error:
+            log.info("%s is not there any more: %s", instance.instance_id, error)
+            told = None
+        if instance.discarding or instance.state == "stopping":
+            return
+        if told is not None and _adoptable(instance, told):
+            log.info("the keeper of %s answers", instance.instance_id)
+            self._take_over(instance, told, early)
+        elif instance.state == "prepared":
+            await self._ending.forget(instance)
+        else:
+            instance.exit_code = read_exit_code(instance.places.exit_file)
+            ended = instance.exit_code is not None and instance.state == "ready"
+            await self._ending.discard(instance, "exited" if ended else "failed")
+
+    def _take_over(self, instance: Instance, told: dict[str, Any], early: list[dict[str, Any]]) -> None:
+        instance.port = told["port"]
+        instance.environment = told.get("given", {})
+        instance.state = "starting"
         if told["ready_at"] is not None:
             instance.state = "ready"
             instance.ready.set()
-        self._roster.instances[instance.instance_id] = instance
         instance.asked.update(told["requests"])
         self._hearing.listen(instance)
         for event in early:  # between its first word and our listening
             self._hearing.heard(instance, event)
         self._background.spawn(self._see_through(instance, told))
-        return True
 
     async def _see_through(self, instance: Instance, told: dict[str, Any]) -> None:
         """Bring to an end what an earlier run of this node began with the instance, and nobody else will."""
@@ -162,3 +204,19 @@ class Adoption:
             self._background.spawn(self._requests.lost(instance, error))
         except RelumeError as error:
             log.error("the GPU of %s cannot be looked at: %s", instance.instance_id, error.message)
+
+
+async def _first_words(keeper: Keeper) -> dict[str, Any]:
+    """What ``hello`` tells, however long that takes. Raises EngineError, KeeperLost when it is gone."""
+    while True:
+        try:
+            return await keeper.connect(patience=0.5)
+        except OSError as error:
+            log.warning("the keeper of %s: %s", keeper.container.instance_id, error)
+            await asyncio.sleep(_PAUSE)
+
+
+def _adoptable(instance: Instance, told: dict[str, Any]) -> bool:
+    """Whether it runs and is whole. A prepared one is made anew."""
+    half_made = instance.gpu is not None and instance.restored and not instance.gpu_given
+    return told["phase"] in ("starting", "ready") and not half_made

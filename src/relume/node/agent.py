@@ -21,6 +21,7 @@ from relume.checkpoint.shelf import Checkpoint, Shelf
 from relume.config import NodeConfig, load_app
 from relume.engine.network import pasta
 from relume.errors import BadRequest, NotFound, RelumeError, StoreError
+from relume.images import integrity
 from relume.keeper.instance import read_exit_code
 from relume.keeper.zygote import Zygote
 from relume.node import machine
@@ -188,6 +189,7 @@ class Node:
 
     def _clear(self, instance_id: str) -> None:
         try:
+            self._ground.end_orphans(self.places.instance(instance_id))
             self._ground.clear(self.places.instance(instance_id), instance_id)
         except OSError as error:
             log.error("clearing up after %s: %s", instance_id, error)
@@ -308,7 +310,7 @@ class Node:
         except NotFound:
             instances = []  # known, and not running: what was asked for is so, but for a start in between
         stops = [self.lifecycle.ending.stop(instance) for instance in instances]
-        await asyncio.gather(self.lifecycle.call_off(target), *stops)
+        await asyncio.gather(self.lifecycle.starts.call_off(target), *stops)
         return [instance.instance_id for instance in instances]
 
     def _known(self, target: str) -> None:
@@ -328,7 +330,8 @@ class Node:
                         "instance_id": row["instance_id"],
                         "app": row["app"],
                         "build_id": row["build_id"],
-                        "state": row["state"],
+                        # Without an end it could not be written that it ended: the disk was full.
+                        "state": row["state"] if row["ended_at"] is not None else "exited",
                         "restored": row["facts"]["restored"],
                         "checkpoint_id": row["facts"]["checkpoint_id"],
                         "url": None,
@@ -504,7 +507,7 @@ class Node:
     def remove_checkpoint(self, checkpoint_id: str) -> None:
         """Here and in the whole region. Blocking with a region. Raises NotFound, StoreError."""
         if self._region is None:
-            self._shelf.remove(checkpoint_id)
+            self._remove_here(checkpoint_id)
             return
         removed = self._region.catalogue.remove(checkpoint_id)
         try:
@@ -515,7 +518,9 @@ class Node:
 
     def _remove_here(self, checkpoint_id: str) -> None:
         """What the region's cache holds goes by the cache's own rules."""
-        if self._shelf.directory(checkpoint_id).parent == self._shelf.root:
+        directory = self._shelf.directory(checkpoint_id)
+        if directory.parent == self._shelf.root:
+            integrity.forget(directory / "images", self.places.verified)
             self._shelf.remove(checkpoint_id)
         self._shelf.unlink(checkpoint_id)
 

@@ -137,7 +137,7 @@ class BringUp:
         """Let a prepared instance run, with today's environment. Raises EngineError, StartFailed."""
         merged = self.environment(instance.build, start.environment)
         start.under_way = True
-        await instance.keeper.resume(merged, FIRST_LINE, checkpoint.stopped)
+        await instance.keeper.resume(merged, dict(start.environment), FIRST_LINE, checkpoint.stopped)
         start.trace.mark("resumed")
         await start.unless_called_off(instance.until_ready(_RESTORE_PATIENCE))
 
@@ -244,6 +244,7 @@ class BringUp:
                 exit_file=str(instance.places.exit_file),
                 id_base=instance.id_base,
                 first_line=first_line,
+                given=dict(start.environment),
             )
         )
 

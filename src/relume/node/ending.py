@@ -6,6 +6,7 @@ Guarantees: one that is gone has left its log and nothing else, and goes once, h
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 from collections.abc import Callable
@@ -21,6 +22,9 @@ log = logging.getLogger(__name__)
 
 _STOP_PATIENCE = 10.0
 """Seconds between SIGTERM and SIGKILL for a process that handles SIGTERM."""
+
+_ASK_PATIENCE = 5.0
+"""Seconds for a keeper's answer, which takes it no time."""
 
 _KEEP_ENDED = 10
 
@@ -57,12 +61,10 @@ class Ending:
         """
         pid = int((await _ask_pid(instance)) or 0)
         if pid and process.catches(pid, signal.SIGTERM):
-            await instance.keeper.signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(EngineError, TimeoutError):
                 async with asyncio.timeout(_STOP_PATIENCE):
+                    await instance.keeper.signal(signal.SIGTERM)
                     await instance.ended.wait()
-            except TimeoutError:
-                pass
 
     async def watch_keeper(self, instance: Instance) -> None:
         """A keeper that dies takes the instance's stdio along: end what is left of it."""
@@ -87,11 +89,14 @@ class Ending:
         instance.discarding = True
         if not instance.paging_failed:  # else whoever reacts to that ends the copy
             self._finish_copy(instance)
+        killed = instance.keeper.lost.is_set()
         try:
             # The keeper first: it knows what is going on, a boot or a dump, and ends that too.
             await instance.keeper.end()
             instance.ended.set()
             await instance.keeper.close()
+            if killed:
+                await asyncio.to_thread(self._ground.end_orphans, instance.places)
             await asyncio.to_thread(self._ground.clear, instance.places, instance.instance_id)
         except OSError as error:
             log.error("clearing up after %s (the next run tries again): %s", instance.instance_id, error)
@@ -111,6 +116,7 @@ class Ending:
 
 async def _ask_pid(instance: Instance) -> int | None:
     try:
-        return int((await instance.keeper.ask("hello"))["pid"])
-    except EngineError:
+        async with asyncio.timeout(_ASK_PATIENCE):
+            return int((await instance.keeper.ask("hello"))["pid"])
+    except (EngineError, TimeoutError):
         return None

@@ -7,16 +7,19 @@ background, at most twice for a build.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Protocol
 
 from relume.build import Build
 from relume.checkpoint.capture import Capturer
 from relume.checkpoint.shelf import Checkpoint, Shelf
 from relume.errors import (
+    BuildError,
     GpuUnavailable,
+    HostError,
     ImageError,
     NotFound,
     RelumeError,
@@ -24,12 +27,13 @@ from relume.errors import (
     StoreError,
     Untrusted,
 )
+from relume.keeper.client import KeeperLost
 from relume.node.background import Background
 from relume.node.bringup import BringUp
 from relume.node.ending import Ending
 from relume.node.instance import Instance
 from relume.node.requests import Boot, subject
-from relume.node.start import Started
+from relume.node.start import Start, Started, Starts
 from relume.node.state import State
 
 if TYPE_CHECKING:
@@ -39,11 +43,13 @@ log = logging.getLogger(__name__)
 
 _REMAKES = 2
 
+_SHORTAGES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE})
 
-class StartAnother(Protocol):
-    """Starts an instance of ``build`` as anybody's start would."""
 
-    def __call__(self, build: Build, *, environment: Mapping[str, str]) -> Awaitable[Started]:
+class Bring(Protocol):
+    """Brings up an instance as anybody's start would."""
+
+    def __call__(self, start: Start, *, restore_wanted: bool) -> Awaitable[Started]:
         """Raises StartFailed."""
 
 
@@ -59,8 +65,9 @@ class Failures:
         ending: Ending,
         background: Background,
         region: NodeRegion | None,
+        starts: Starts,
         *,
-        start: StartAnother,
+        start: Bring,
         boot: Boot,
     ) -> None:
         self._shelf = shelf
@@ -70,13 +77,14 @@ class Failures:
         self._ending = ending
         self._background = background
         self._region = region
+        self._starts = starts
         self._start = start
         self._boot = boot
 
     async def restore_failed(
         self, checkpoint: Checkpoint, build: Build, error: Exception, copy: Copy | None
     ) -> str:
-        """Count it against the checkpoint; returns what ``start`` says."""
+        """Count it against the checkpoint, if that may be at fault; returns what ``start`` says."""
         if copy is not None:
             why = await self._count_of_copy(copy, build, error)
         else:
@@ -85,16 +93,21 @@ class Failures:
         return f"restore failed: {why}{perhaps}"
 
     async def replace(self, instance: Instance) -> None:
-        """A new instance in the place of one whose memory failed it."""
-        await instance.ended.wait()
-        copy, instance.copy = instance.copy, None
-        if copy is not None:
-            kind = Untrusted if instance.wrong_bytes else StoreError
-            await self._count_of_copy(copy, instance.build, kind(instance.paging_failed))
-        else:
-            await self._count_paging(instance)
-        started = await self._start(instance.build, environment=instance.environment)
-        log.warning("%s takes the place of %s", started.instance.instance_id, instance.instance_id)
+        """A new instance in the place of one whose memory failed it.
+
+        None for one that is being stopped; a stop that comes later calls the new one off, from the first moment.
+        What took another's place, and fails too, is followed by a cold boot: nothing restores for ever.
+        """
+        with self._starts.begun(instance.build, instance.environment) as start:
+            # It takes a while, and goes on when this is called off.
+            counting = self._background.spawn(self._count_paging(instance))
+            await start.unless_called_off(instance.ended.wait())
+            if instance.state == "stopping":
+                return
+            await start.unless_called_off(asyncio.shield(counting))
+            started = await self._start(start, restore_wanted=not instance.replacement)
+            started.instance.replacement = True
+            log.warning("%s takes the place of %s", started.instance.instance_id, instance.instance_id)
 
     async def made(self, instance: Instance) -> None:
         """Wait until an extra instance has had its checkpoint, or for as long as a boot may take."""
@@ -106,8 +119,11 @@ class Failures:
             await asyncio.sleep(0.2)
 
     async def _count_of_copy(self, copy: Copy, build: Build, error: Exception) -> str:
-        """As _count, for one that came from the region."""
+        """As _count, for one that came from the region, which is at its end with it."""
         assert self._region is not None
+        if _blameless(error):
+            self._region.copies.finish(copy)
+            return _words(error)
         if not isinstance(error, RelumeError | OSError):
             log.error("restore from the region", exc_info=error)
         if await asyncio.to_thread(self._region.copies.failed, copy, error):
@@ -116,8 +132,9 @@ class Failures:
 
     def _count(self, checkpoint_id: str, build: Build, error: Exception) -> str:
         """Count it against the checkpoint, replace that in the background if it was the last; returns why."""
-        if isinstance(error, GpuUnavailable):
-            return error.message  # taken by another, or its helper died: nothing against the checkpoint
+        if _blameless(error):
+            log.warning("restore of %s failed, and not for its own fault: %s", checkpoint_id, _words(error))
+            return _words(error)
         if not isinstance(error, RelumeError | OSError):
             log.error("restore of %s", checkpoint_id, exc_info=error)
         damaged = isinstance(error, Untrusted | ImageError)
@@ -128,6 +145,12 @@ class Failures:
         return _words(error)
 
     async def _count_paging(self, instance: Instance) -> None:
+        """Of one that its pager ended. What it has of the region goes with it."""
+        copy, instance.copy = instance.copy, None
+        if copy is not None:
+            kind = Untrusted if instance.wrong_bytes else StoreError
+            await self._count_of_copy(copy, instance.build, kind(instance.paging_failed))
+            return
         assert instance.checkpoint_id is not None
         try:
             checkpoint = self._shelf.load(instance.checkpoint_id)
@@ -138,18 +161,27 @@ class Failures:
 
     async def _remake(self, build: Build) -> None:
         """Make a new checkpoint from an instance nobody waits for."""
-        if self._state.count_remake(build.build_id) > _REMAKES:
-            log.warning("no third try to make a checkpoint of build %s", build.build_id)
-            return
         instance = None
         try:
-            instance = await self._boot(build, maker=True)
+            if self._state.count_remake(build.build_id) > _REMAKES:
+                log.warning("no third try to make a checkpoint of build %s", build.build_id)
+                return
+            with self._starts.begun(build) as start:
+                instance = await self._boot(start, maker=True)
             await self.made(instance)
         except RelumeError as error:
             log.warning("no new checkpoint of %s: %s", build.app, error.message)
         finally:
             if instance is not None:
                 await self._ending.stop(instance)
+
+
+def _blameless(error: Exception) -> bool:
+    """Whether it was the machine that failed a restore, and says nothing about the checkpoint: a keeper that did not
+    come up or was killed, a layer that is not there, a GPU that another has or whose helper died, no room."""
+    if isinstance(error, OSError):
+        return error.errno in _SHORTAGES
+    return isinstance(error, HostError | KeeperLost | BuildError | GpuUnavailable)
 
 
 def _missed(checkpoint: Checkpoint) -> str:

@@ -6,18 +6,21 @@ a node that finds a stranger's leftovers under its own runtime directory removes
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relume.build import Build
 from relume.engine import options
-from relume.linux import cgroup, mounts
+from relume.linux import cgroup, mounts, process
 from relume.linux.files import remove_tree
 from relume.node.places import InstancePlaces, Places
 from relume.node.settings import Settings
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from relume.gpu.cdi import OciEdits
 
 _HOSTS = "127.0.0.1\tlocalhost {name}\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+_ORPHANS_S = 5.0
 _RESOLVERS = (Path("/run/systemd/resolve/resolv.conf"), Path("/etc/resolv.conf"))
 
 
@@ -132,6 +136,15 @@ class Ground:
         path.chmod(0o644)
         return Mount(inside, str(path), options=("bind", "ro", "nosuid", "nodev"))
 
+    def end_orphans(self, places: InstancePlaces) -> None:
+        """SIGKILL what a keeper that was killed has left of the engine's, in no group of the instance's: runc and CRIU
+        in the middle of something, and the hook in which they would wait for that keeper for ever."""
+        deadline = time.monotonic() + _ORPHANS_S
+        while (pids := _of_the_engine(places)) and time.monotonic() < deadline:
+            for pid in pids:
+                process.send(pid, signal.SIGKILL)
+            time.sleep(0.01)
+
     def clear(self, places: InstancePlaces, instance_id: str) -> None:
         """Take it all away: container, processes, cgroup, mounts, directories; the log stays."""
         subprocess.run(
@@ -158,6 +171,17 @@ class Ground:
         if key not in self._namespaces:
             self._namespaces[key] = mounts.user_namespace(id_base, groups=groups)
         return self._namespaces[key]
+
+
+def _of_the_engine(places: InstancePlaces) -> list[int]:
+    """The processes that runc and CRIU are, or run: a folder of the instance is first on their PATH."""
+    path = b"PATH=%s:" % os.fsencode(places.engine_bin)
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if any(entry.startswith(path) for entry in environment.read_bytes().split(b"\0")):
+                found.append(int(environment.parent.name))
+    return found
 
 
 def _resolv_conf() -> str:

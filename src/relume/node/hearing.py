@@ -51,10 +51,10 @@ class Hearing:
         match event["event"]:
             case "ready":
                 instance.timeline = event["timeline"] | {"answers": event["at"]}
+                instance.ready.set()
                 if instance.state == "starting":
                     instance.state = "ready"
                     self._roster.save(instance)
-                instance.ready.set()
             case "pager":
                 self._pager_told(instance, event["told"])
             case "failed" if instance.adopted:

@@ -47,7 +47,10 @@ class Instance:
     adopted: bool = False
     """Taken over from an earlier run of the node."""
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """What its caller gave it, for whoever takes its place; kept in memory only, for it may be secret."""
+    """What its caller gave it, for whoever takes its place; kept in memory only (its keeper's too), for it may be
+    secret."""
+    replacement: bool = False
+    """It took the place of one whose memory failed it."""
     memory: str = "fresh"
     """How its memory came: "fresh", "paged", or "eager: " and why."""
     paging_failed: str = ""

@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from relume.build import Build
 from relume.checkpoint.capture import Capturer
 from relume.checkpoint.platform import NO_GPU, Offers
 from relume.checkpoint.shelf import Checkpoint, Shelf
-from relume.errors import BuildError, NotFound, RelumeError, StartFailed
+from relume.errors import BuildError, RelumeError, StartFailed
 from relume.node.adoption import Adoption
 from relume.node.background import Background
 from relume.node.bringup import BringUp
@@ -39,7 +38,7 @@ from relume.node.requests import Requests
 from relume.node.roster import Roster
 from relume.node.settings import Settings
 from relume.node.spares import Spares
-from relume.node.start import Start, Started
+from relume.node.start import Start, Started, Starts
 from relume.node.state import State
 
 if TYPE_CHECKING:
@@ -75,10 +74,10 @@ class Lifecycle:
         self._bringup = bringup
         self._gpus = gpus
         self._build_of = build_of
-        self._starts: set[Start] = set()
+        self.starts = Starts()
         self.roster = Roster(places, state)
         self.ending = Ending(self.roster, ground, gpus, finish_copy=self._finish_copy)
-        self._requests = Requests(capturer, self.ending, background, boot=self._boot_another)
+        self._requests = Requests(capturer, self.ending, background, self.starts, boot=self._boot)
         self._failures = Failures(
             shelf,
             state,
@@ -87,8 +86,9 @@ class Lifecycle:
             self.ending,
             background,
             region,
-            start=self.start,
-            boot=self._boot_another,
+            self.starts,
+            start=self._start,
+            boot=self._boot,
         )
         self._hearing = Hearing(
             self.roster,
@@ -137,49 +137,43 @@ class Lifecycle:
         ``memory`` is how a copy's memory comes: "paged" (replaying and learning), "unlearned" (paged, without
         either), "eager", or "criu" (paged by CRIU's own daemon); all but the first are for comparison.
         """
-        with self._started(Start(build, environment or {})) as start:
-            trace = start.trace
-            offers = await self.offers(build)
-            reason, checkpoint = self.choose(build, restore_wanted=restore_wanted, offers=offers)
-            if checkpoint is not None and self._region is not None:
-                gone = await self._region.copies.gone(checkpoint.checkpoint_id)
-                reason, checkpoint = gone, None if gone else checkpoint
-            trace.mark("lookup")
-            self.prepared.want(build.app)
-            if checkpoint is not None and memory == "paged":
-                taken = await self._take_prepared(start, checkpoint)
-                if taken is not None:
-                    return Started(taken, None, trace.elapsed, trace.stages, "prepared")
-            copy = None
-            wanted = restore_wanted and build.checkpointing and offers == NO_GPU
-            if checkpoint is None and self._region is not None and wanted:
-                why_not, copy = await self._region.copies.find(build)
-                reason = why_not or reason
-                checkpoint = copy.checkpoint if copy is not None else None
-                trace.mark("fetched")
-            if checkpoint is not None:
-                try:
-                    instance = await self._restore(start, checkpoint, memory, copy)
-                    stages = trace.stages | instance.from_store
-                    return Started(instance, None, trace.elapsed, stages, instance.memory)
-                except Exception as error:  # whatever it is, the start must not fail for it
-                    if start.called_off.is_set() and self._region is not None and copy is not None:
-                        self._region.copies.finish(copy)
-                    start.proceed()
-                    reason = await self._failures.restore_failed(checkpoint, build, error, copy)
-                    trace.mark("restore_failed")
-            instance = await self._boot(start, deferred=checkpoint is not None)
-            return Started(instance, reason, trace.elapsed, trace.stages)
+        with self.starts.begun(build, environment) as start:
+            return await self._start(start, restore_wanted=restore_wanted, memory=memory)
 
-    @contextmanager
-    def _started(self, start: Start) -> Iterator[Start]:
-        """Known, so that it can be called off, for as long as it lasts."""
-        self._starts.add(start)
-        try:
-            yield start
-        finally:
-            self._starts.discard(start)
-            start.over.set()
+    async def _start(self, start: Start, *, restore_wanted: bool, memory: str = "paged") -> Started:
+        """What :meth:`start` does, for a start that goes on already."""
+        build, trace = start.build, start.trace
+        offers = await self.offers(build)
+        reason, checkpoint = self.choose(build, restore_wanted=restore_wanted, offers=offers)
+        if checkpoint is not None and self._region is not None:
+            gone = await self._region.copies.gone(checkpoint.checkpoint_id)
+            reason, checkpoint = gone, None if gone else checkpoint
+        trace.mark("lookup")
+        self.prepared.want(build.app)
+        if checkpoint is not None and memory == "paged":
+            taken = await self._take_prepared(start, checkpoint)
+            if taken is not None:
+                return Started(taken, None, trace.elapsed, trace.stages, "prepared")
+        copy = None
+        wanted = restore_wanted and build.checkpointing and offers == NO_GPU
+        if checkpoint is None and self._region is not None and wanted:
+            why_not, copy = await self._region.copies.find(build)
+            reason = why_not or reason
+            checkpoint = copy.checkpoint if copy is not None else None
+            trace.mark("fetched")
+        if checkpoint is not None:
+            try:
+                instance = await self._restore(start, checkpoint, memory, copy)
+                stages = trace.stages | instance.from_store
+                return Started(instance, None, trace.elapsed, stages, instance.memory)
+            except Exception as error:  # whatever it is, the start must not fail for it
+                if start.called_off.is_set() and self._region is not None and copy is not None:
+                    self._region.copies.finish(copy)
+                start.proceed()
+                reason = await self._failures.restore_failed(checkpoint, build, error, copy)
+                trace.mark("restore_failed")
+        instance = await self._boot(start, deferred=checkpoint is not None)
+        return Started(instance, reason, trace.elapsed, trace.stages)
 
     async def offers(self, build: Build) -> Offers:
         """The GPUs that a start of ``build`` could get now."""
@@ -199,7 +193,8 @@ class Lifecycle:
             return None, checkpoint
         return self._capturer.why_not(build.build_id, offers), None
 
-    async def _boot(self, start: Start, *, deferred: bool, maker: bool = False) -> Instance:
+    async def _boot(self, start: Start, *, deferred: bool = False, maker: bool = False) -> Instance:
+        """Cold (relume.node.requests.Boot)."""
         build = start.build
         instance = self._new(start, None, deferred=deferred, maker=maker)
         try:
@@ -242,7 +237,7 @@ class Lifecycle:
 
     async def prepare(self, build: Build, checkpoint: Checkpoint) -> Instance:
         """An instance restored and stopped. Raises what a restore raises; nothing of it is left then."""
-        with self._started(Start(build, {})) as start:
+        with self.starts.begun(build) as start:
             instance = self._new(start, checkpoint.checkpoint_id)
             try:
                 await self._spares.bring_up(instance.keeper)
@@ -349,7 +344,7 @@ class Lifecycle:
         """The build and checkpoint that the next start of ``app`` would use, if it would restore."""
         try:
             build = self._build_of(app)
-        except NotFound:
+        except RelumeError:  # removed, or the state cannot be read now
             return None
         if not build.config["relume"]["checkpoint"]["prepared"] or Settings.of(build).gpus:
             return None  # one that is stopped cannot hold device memory: the driver needs it running
@@ -363,29 +358,9 @@ class Lifecycle:
         if copy is not None and self._region is not None:
             self._region.copies.finish(copy)
 
-    async def _boot_another(
-        self, of: Build | Instance, *, deferred: bool = False, maker: bool = False
-    ) -> Instance:
-        """Cold, and nobody waits for it (relume.node.requests.Boot)."""
-        build, environment = (of.build, of.environment) if isinstance(of, Instance) else (of, {})
-        with self._started(Start(build, environment)) as start:
-            return await self._boot(start, deferred=deferred, maker=maker)
-
-    async def call_off(self, app: str) -> None:
-        """Call off what is being started of ``app``, also where there is no instance of it just now."""
-        starts = [start for start in self._starts if start.build.app == app]
-        for start in starts:
-            start.called_off.set()
-        for start in starts:
-            await start.over.wait()
-
     async def close(self) -> None:
         """Drop the connections; the instances run on, and so do starts that have come to runc."""
-        beginning = [start for start in self._starts if not start.under_way]
-        for start in beginning:
-            start.called_off.set()
-        for start in beginning:
-            await start.over.wait()
+        await self.starts.close()
         for instance in [one for one in self.instances.values() if one.discarding]:
             await instance.gone.wait()
         await self._background.close()

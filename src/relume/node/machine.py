@@ -113,9 +113,9 @@ def _allow_userfaultfd() -> bool:
 def tidy(places: Places) -> None:
     """Take away directories of this node that are empty; a later start makes them again."""
     cgroup.remove(places.cgroup, timeout=0.1)
-    cgroup.remove(CGROUP, timeout=0)
     shutil.rmtree(places.verified, ignore_errors=True)
-    for directory in (places.runc_root, places.runtime, RUN):
+    # Other nodes have groups of their own in CGROUP, which may be empty just now.
+    for directory in (*cgroup.directories(CGROUP), places.runc_root, places.runtime, RUN):
         try:
             directory.rmdir()
         except OSError:

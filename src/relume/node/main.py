@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from aiohttp import web
@@ -15,6 +16,8 @@ from aiohttp import web
 from relume.config import NodeConfig
 from relume.node.agent import Node
 from relume.node.api import application
+
+_THREADS = 64
 
 
 def run(config: NodeConfig, state: Path) -> None:
@@ -29,6 +32,9 @@ def run(config: NodeConfig, state: Path) -> None:
 async def _serve(config: NodeConfig, state: Path) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    # They mostly wait: for a disk, a mount, a store that is asked. asyncio's own number (6 with two processors) is one
+    # for computing, and a start would stand behind the checkpoints that are being hashed.
+    loop.set_default_executor(ThreadPoolExecutor(_THREADS))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     node = Node(config, state)

@@ -91,6 +91,11 @@ class InstancePlaces:
         return self.runtime / "criu"
 
     @property
+    def engine_bin(self) -> Path:
+        """What runc and CRIU find before anything else (relume.engine.tmpfs)."""
+        return self.runtime / "bin"
+
+    @property
     def upper(self) -> Path:
         return self.kept / "layer" / "upper"
 

@@ -7,12 +7,12 @@ import logging
 from collections.abc import Awaitable
 from typing import Any, Protocol
 
-from relume.build import Build
 from relume.checkpoint.capture import Capturer, Subject
 from relume.errors import GpuLost
 from relume.node.background import Background
 from relume.node.ending import Ending
 from relume.node.instance import Instance
+from relume.node.start import Start, Starts
 
 log = logging.getLogger(__name__)
 
@@ -20,19 +20,19 @@ log = logging.getLogger(__name__)
 class Boot(Protocol):
     """Boots an instance that nobody waits for. Raises what a start raises."""
 
-    def __call__(
-        self, of: Build | Instance, *, deferred: bool = ..., maker: bool = ...
-    ) -> Awaitable[Instance]:
-        """``of`` an instance: its build, with its environment."""
+    def __call__(self, start: Start, *, deferred: bool = ..., maker: bool = ...) -> Awaitable[Instance]: ...
 
 
 class Requests:
     """Answers them, whatever comes of it."""
 
-    def __init__(self, capturer: Capturer, ending: Ending, background: Background, *, boot: Boot) -> None:
+    def __init__(
+        self, capturer: Capturer, ending: Ending, background: Background, starts: Starts, *, boot: Boot
+    ) -> None:
         self._capturer = capturer
         self._ending = ending
         self._background = background
+        self._starts = starts
         self._boot = boot
 
     async def answer(self, instance: Instance, request: int) -> None:
@@ -51,12 +51,17 @@ class Requests:
             await instance.keeper.note(f"relume: checkpoint at ready: {json.dumps(answer)}")
 
     async def lost(self, instance: Instance, error: GpuLost) -> None:
-        """The driver cannot bring it back: end it, and put another in its place, which does not try again."""
+        """The driver cannot bring it back: end it, and put another in its place, which does not try again.
+
+        None for one that is being stopped; a stop that comes later calls the other off, from the first moment.
+        """
         log.error("%s has lost its GPU: %s", instance.instance_id, error.message)
-        await self._ending.discard(instance, "failed")
-        if not instance.maker:
-            other = await self._boot(instance, deferred=True)
-            log.warning("%s takes the place of %s", other.instance_id, instance.instance_id)
+        with self._starts.begun(instance.build, instance.environment) as start:
+            wanted = not instance.maker and instance.state != "stopping"
+            await self._ending.discard(instance, "failed")
+            if wanted:
+                other = await self._boot(start, deferred=True)
+                log.warning("%s takes the place of %s", other.instance_id, instance.instance_id)
 
     async def _checkpoint(self, instance: Instance) -> dict[str, Any]:
         try:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from relume.build import Build
@@ -79,6 +80,39 @@ class Start:
         finally:
             waiting.cancel()
             working.cancel()
+
+
+class Starts:
+    """Those that go on, known so that they can be called off, for as long as they last."""
+
+    def __init__(self) -> None:
+        self._going: set[Start] = set()
+
+    @contextmanager
+    def begun(self, build: Build, environment: Mapping[str, str] | None = None) -> Iterator[Start]:
+        """A start of ``build``, to its end."""
+        start = Start(build, environment or {})
+        self._going.add(start)
+        try:
+            yield start
+        finally:
+            self._going.discard(start)
+            start.over.set()
+
+    async def call_off(self, app: str) -> None:
+        """Call off what is being started of ``app``, also where there is no instance of it just now."""
+        await _end([start for start in self._going if start.build.app == app])
+
+    async def close(self) -> None:
+        """The node goes: call off what has not come to runc."""
+        await _end([start for start in self._going if not start.under_way])
+
+
+async def _end(starts: list[Start]) -> None:
+    for start in starts:
+        start.called_off.set()
+    for start in starts:
+        await start.over.wait()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """What a node remembers, in SQLite (WAL): apps with their id ranges, and instances.
 
 Builds and checkpoints are directories that describe themselves; they are not in here. Every write is one
-small transaction, so a kill at any point leaves the state before it or after it.
+small transaction, so a kill at any point leaves the state before it or after it. Whatever SQLite does not do,
+on a full disk first of all, is a HostError.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from relume.errors import Conflict, NotFound
+from relume.errors import Conflict, HostError, NotFound
 from relume.runc.spec import ID_COUNT
 
 _FIRST_ID = 8 * ID_COUNT
@@ -54,6 +55,7 @@ class State:
 
     def __init__(self, directory: Path) -> None:
         """Raises Conflict when another node has it."""
+        self._directory = directory
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = os.open(directory / "node.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -75,38 +77,48 @@ class State:
         self._db.close()
         os.close(self._lock)
 
+    def _execute(self, statement: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
+        """All rows of one statement, which is one transaction. Raises HostError."""
+        try:
+            return self._db.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise HostError(
+                f"the node's state cannot be read or written: {error}",
+                hint=f"is the disk of {self._directory} full?",
+            ) from error
+
     def node_id(self) -> str:
         """This node's id, made once for the state directory."""
-        self._db.execute("insert or ignore into meta values ('node_id', ?)", (secrets.token_hex(4),))
-        return str(self._db.execute("select value from meta where key = 'node_id'").fetchone()[0])
+        self._execute("insert or ignore into meta values ('node_id', ?)", (secrets.token_hex(4),))
+        return str(self._execute("select value from meta where key = 'node_id'")[0][0])
 
     # --- apps -------------------------------------------------------------------------------------
 
     def app(self, name: str) -> App:
         """Raises NotFound."""
-        row = self._db.execute("select * from apps where name = ?", (name,)).fetchone()
-        if row is None:
+        rows = self._execute("select * from apps where name = ?", (name,))
+        if not rows:
             raise NotFound(f"no app {name!r}", hint="relume apps ls shows them; relume deploy makes one")
-        return App(**row)
+        return App(**rows[0])
 
     def apps(self) -> list[App]:
-        return [App(**row) for row in self._db.execute("select * from apps order by name")]
+        return [App(**row) for row in self._execute("select * from apps order by name")]
 
     def ensure_app(self, name: str) -> App:
         """The app, made with an id range of its own if it is new."""
-        taken = {row[0] for row in self._db.execute("select id_base from apps")}
+        taken = {row[0] for row in self._execute("select id_base from apps")}
         base = next(base for base in range(_FIRST_ID, _LAST_ID, ID_COUNT) if base not in taken)
-        self._db.execute("insert or ignore into apps values (?, null, ?, '', ?)", (name, base, time.time()))
+        self._execute("insert or ignore into apps values (?, null, ?, '', ?)", (name, base, time.time()))
         return self.app(name)
 
     def set_build(self, name: str, build_id: str, directory: str) -> None:
-        self._db.execute(
+        self._execute(
             "update apps set build_id = ?, directory = ? where name = ?", (build_id, directory, name)
         )
 
     def remove_app(self, name: str) -> None:
-        self._db.execute("delete from apps where name = ?", (name,))
-        self._db.execute("delete from instances where app = ?", (name,))
+        self._execute("delete from apps where name = ?", (name,))
+        self._execute("delete from instances where app = ?", (name,))
 
     # --- instances --------------------------------------------------------------------------------
 
@@ -121,14 +133,14 @@ class State:
         facts: dict[str, Any],
     ) -> None:
         """``facts`` is what the node needs to adopt it again; no secrets in it."""
-        self._db.execute(
+        self._execute(
             "insert into instances values (?, ?, ?, ?, ?, null, ?) on conflict (instance_id) do update set"
             " state = excluded.state, facts = excluded.facts",
             (instance_id, app, build_id, state, started_at, json.dumps(facts)),
         )
 
     def end_instance(self, instance_id: str, state: str, exit_code: int | None) -> None:
-        self._db.execute(
+        self._execute(
             "update instances set state = ?, ended_at = ?, facts = json_set(facts, '$.exit_code', ?)"
             " where instance_id = ?",
             (state, time.time(), exit_code, instance_id),
@@ -136,15 +148,15 @@ class State:
 
     def instances(self) -> list[dict[str, Any]]:
         """Every remembered instance, oldest first, its facts under ``facts``."""
-        rows = self._db.execute("select * from instances order by started_at")
+        rows = self._execute("select * from instances order by started_at")
         return [{**dict(row), "facts": json.loads(row["facts"])} for row in rows]
 
     def forget_instance(self, instance_id: str) -> None:
-        self._db.execute("delete from instances where instance_id = ?", (instance_id,))
+        self._execute("delete from instances where instance_id = ?", (instance_id,))
 
     def prunable(self, app: str, keep: int) -> list[str]:
         """Ended instances of ``app`` but the newest ``keep``."""
-        rows = self._db.execute(
+        rows = self._execute(
             "select instance_id from instances where app = ? and ended_at is not null"
             " order by started_at desc limit -1 offset ?",
             (app, keep),
@@ -155,10 +167,8 @@ class State:
 
     def count_remake(self, build_id: str) -> int:
         """Count one more attempt to make a new checkpoint in the background; returns how many there were."""
-        self._db.execute(
+        self._execute(
             "insert into remakes values (?, 1) on conflict (build_id) do update set count = count + 1",
             (build_id,),
         )
-        return int(
-            self._db.execute("select count from remakes where build_id = ?", (build_id,)).fetchone()[0]
-        )
+        return int(self._execute("select count from remakes where build_id = ?", (build_id,))[0][0])

@@ -31,6 +31,10 @@ _MASKED = (
 )
 _READONLY = tuple(f"/proc/{name}" for name in ("bus", "fs", "irq", "sys", "sysrq-trigger"))
 
+_OOM_SCORE = Path("/proc/self/oom_score_adj")
+"""A node may ask to be spared (packaging/relume.service), its apps may not. What is above 0 they keep: lowering
+it takes CAP_SYS_RESOURCE."""
+
 _MPTCP = Path("/proc/sys/net/mptcp/enabled")
 
 _QUIET = ("nosuid", "noexec", "nodev")
@@ -137,6 +141,7 @@ class Spec:
             "cwd": self.cwd,
             "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
             "noNewPrivileges": True,
+            "oomScoreAdj": max(0, int(_OOM_SCORE.read_text())),
             "rlimits": [{"type": "RLIMIT_NOFILE", "hard": nofile, "soft": min(nofile, 65536)}],
         }
 

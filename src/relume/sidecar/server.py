@@ -57,8 +57,6 @@ class _Refused(Exception):
 
 Handler = Callable[[], Awaitable[Answer]]
 
-_METHODS: dict[str, str] = {"/checkpoint": "POST", "/status": "GET", "/env": "GET"}
-
 
 class Sidecar:
     """Serves ``checkpoint``, ``status`` and ``env`` (coroutine functions that give an :class:`Answer`)."""
@@ -66,7 +64,11 @@ class Sidecar:
     def __init__(
         self, *, checkpoint: Handler, status: Handler, env: Handler, limits: Limits = Limits()
     ) -> None:
-        self._handlers: dict[str, Handler] = {"/checkpoint": checkpoint, "/status": status, "/env": env}
+        self._routes: dict[str, tuple[str, Handler]] = {
+            "/checkpoint": ("POST", checkpoint),
+            "/status": ("GET", status),
+            "/env": ("GET", env),
+        }
         self._limits = limits
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
@@ -109,14 +111,14 @@ class Sidecar:
 
     async def answer(self, method: str, path: str) -> Answer:
         """The answer to one well-formed request."""
-        wanted = _METHODS.get(path)
-        if wanted is None:
-            return _error(404, "not_found", f"no {path} here; there are " + ", ".join(_METHODS))
+        if path not in self._routes:
+            return _error(404, "not_found", f"no {path} here; there are " + ", ".join(self._routes))
+        wanted, handler = self._routes[path]
         if method != wanted:
             refusal = _error(405, "method_not_allowed", f"{path} takes {wanted}, not {method}")
             return dataclasses.replace(refusal, headers=(("allow", wanted),))
         try:
-            return await self._handlers[path]()
+            return await handler()
         except Exception as error:
             return _error(500, "internal", f"{type(error).__name__} while answering {path}")
 

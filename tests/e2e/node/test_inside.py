@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from harness import SNIPPET, App, Failed, Relume, get
+from harness import MAIN, SNIPPET, App, Failed, Relume, get
 from relume.linux import cgroup
 
 PROBES = """
@@ -122,3 +123,20 @@ def test_memory_limit(relume: Relume, app: App) -> None:
     assert get(started, "/eat/20") == 20 << 20
     with pytest.raises((OSError, Failed)):
         get(started, "/eat/400")
+
+
+def test_an_app_is_not_spared_with_its_node(second: Relume, app: App) -> None:
+    """The service in packaging/ spares it; where a machine does not allow that, it is put first here instead."""
+    spared = subprocess.run(["choom", "-n", "-900", "--", "true"], capture_output=True, check=False)
+    own = -900 if spared.returncode == 0 else 300
+    second.program = ["choom", "-n", str(own), "--", *MAIN]
+    app.write(f"{SNIPPET}\nserve()")
+    second.start_node()
+    second.deploy(app.directory)
+    node = second.json("node", "status")["node_id"]
+    for restored in (False, True):
+        started = second.start(app.name)
+        assert started["restored"] is restored
+        pids = cgroup.processes(f"/relume/{node}/{started['instance_id']}")
+        scores = {int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in pids}
+        assert scores == {max(0, own)}

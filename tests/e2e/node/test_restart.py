@@ -361,6 +361,67 @@ def test_a_keeper_that_nobody_can_reach_ends(second: Relume, app: App) -> None:
     leftovers.soon_nothing(leftovers.of_instance, node, started["instance_id"])
 
 
+@pytest.mark.parametrize("restarted", [False, True], ids=["node", "next-node"])
+def test_a_keeper_killed_during_a_dump(second: Relume, app: App, restarted: bool) -> None:
+    """runc, CRIU and its script would wait for it for ever."""
+    app.write(f"ballast = bytearray(os.urandom(1 << 20) * 500)\n{POST}\nserve()")
+    second.start_node()
+    second.deploy(app.directory)
+    started = second.start(app.name)
+    node, instance = leftovers.node_id(second), started["instance_id"]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answer = pool.submit(get, started, "/post")
+        until(lambda: any(path.stat().st_size > 1 << 20 for path in _pages(second)), what="no dump")
+        if restarted:
+            second.kill_node()
+        os.kill(_keeper(node, instance), signal.SIGKILL)
+        if restarted:
+            second.start_node()
+        with pytest.raises(OSError):
+            answer.result(30)
+    until(lambda: not living(second, app.name))
+    leftovers.soon_nothing(leftovers.of_instance, node, instance)
+    leftovers.soon_nothing(_of_the_engine, node, instance)
+    until(lambda: making(second) == [])
+    assert get(second.start(app.name), "/count")["hits"] == 1
+
+
+def _of_the_engine(node: str, instance: str) -> list[str]:
+    """Processes that runc and CRIU are, or run: what they have in common is the path that the keeper gave them."""
+    mark = f"/run/relume/{node}/{instance}/bin".encode()
+    return [
+        f"{pid}: {leftovers._command(pid)}"
+        for pid in leftovers._pids()
+        if mark in leftovers._file(pid, "environ")
+    ]
+
+
+def test_a_keeper_that_is_slow_to_answer_is_not_gone(second: Relume, app: App) -> None:
+    """Stopped, swapped out, starved: the next node waits for it, and its app runs on meanwhile."""
+    app.write("serve()")
+    second.start_node()
+    second.deploy(app.directory)
+    started = second.start(app.name)
+    assert get(started, "/count")["hits"] == 1
+    node, instance = leftovers.node_id(second), started["instance_id"]
+    second.kill_node()
+    keeper = _keeper(node, instance)
+    os.kill(keeper, signal.SIGSTOP)
+    try:
+        second.start_node()
+        (row,) = living(second, app.name)
+        assert (row["instance_id"], row["state"], row["url"]) == (instance, "ready", started["url"])
+        time.sleep(1.5)
+    finally:
+        os.kill(keeper, signal.SIGCONT)
+    until(lambda: f"the keeper of {instance} answers" in second.log.read_text())
+    assert get(started, "/count")["hits"] == 2
+    assert [row["state"] for row in living(second, app.name)] == ["ready"]
+    second.run("stop", app.name)
+    leftovers.soon_nothing(leftovers.of_instance, node, instance)
+    assert [row["state"] for row in second.ps(app.name)] == ["exited"]
+
+
 def _keeper(node: str, instance: str) -> int:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

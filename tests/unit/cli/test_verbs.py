@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -251,3 +252,13 @@ def test_call_of_a_port_that_nobody_has(node: Any, relume: Relume) -> None:
     error = relume("call", "hello", "-o", "json").json["error"]
     assert error["code"] == "call_failed"
     assert error["hint"] == "relume logs hello"
+
+
+def test_a_name_that_is_no_utf8(node: Any, relume: Relume) -> None:
+    """It comes through whole as JSON, and stops nobody who reads."""
+    name = os.fsdecode(b"/tmp/caf\xe9")
+    found = {"checkpoint_id": "cp-1", "app": "hello", "left_behind": {"count": 1, "names": [name]}}
+    node.answers["GET /v1/checkpoints/cp-1"] = lambda _: found
+    assert relume("checkpoints", "inspect", "cp-1", "-o", "json").json["left_behind"]["names"] == [name]
+    ran = relume("checkpoints", "inspect", "cp-1")
+    assert (ran.status, "/tmp/caf" in ran.out) == (0, True)

@@ -129,3 +129,15 @@ def test_a_log_that_somebody_removed(tmp_path: Path) -> None:
     log.write(b"\nnew\n", STDOUT)
     log.close()
     assert (tmp_path / "log").read_bytes() == b"new\n"
+
+
+def test_the_time_stamps_of_many_small_pieces_are_bounded_too(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log", limit=1000)
+    for number in range(2000):
+        log.write(b"." if number % 10 else b"\n", STDOUT)
+    log.close()
+    log = Log(tmp_path / "log", limit=1000)  # a second writer knows how much there is
+    for _ in range(60):
+        log.write(b"\n", STDOUT)
+    log.close()
+    assert max(path.stat().st_size for path in tmp_path.iterdir()) <= 2100

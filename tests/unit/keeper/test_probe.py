@@ -68,7 +68,7 @@ async def test_an_endpoint_that_no_url_can_hold_is_encoded() -> None:
 
 
 async def test_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_PATIENCE", 0.1)
+    monkeypatch.setattr(probe, "PATIENCE", 0.1)
     began = time.monotonic()
     assert not (await ask(None))[0]
     assert time.monotonic() - began < 1.0

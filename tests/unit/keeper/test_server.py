@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import errno
 import json
 import signal
 import socket
@@ -17,6 +19,7 @@ import pytest
 from relume.engine.jobs import Container, DumpJob, DumpResult
 from relume.errors import EngineError
 from relume.keeper import instance as instance_module
+from relume.keeper import probe
 from relume.keeper import server as server_module
 from relume.keeper.client import Keeper, KeeperLost
 from relume.keeper.instance import Assignment
@@ -376,3 +379,50 @@ async def test_a_keeper_that_never_listens(tmp_path: Path) -> None:
     with pytest.raises(KeeperLost) as lost:
         await Keeper(container, lambda event: None).connect(patience=0.05)
     assert "keeper.log" in lost.value.hint
+
+
+async def test_a_keeper_that_cannot_be_looked_for_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def connect(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(asyncio, "open_unix_connection", connect)
+    container = Container("i-1", str(tmp_path), "/bin/runc", "/r", "/c", "/relume/n/i-1", outgoing=False)
+    with pytest.raises(OSError, match="Too many"):
+        await Keeper(container, lambda event: None).connect(patience=0.05)
+
+
+async def test_what_the_caller_gave_is_told_to_a_node_that_adopts(bench: Bench) -> None:
+    node, _, _ = await bench.node()
+    await node.assign(bench.assignment(environment={"TOKEN": "t", "A": "1"}, given={"A": "1"}))
+    _, _, facts = await bench.node()
+    assert facts["given"] == {"A": "1"}
+
+
+async def test_an_app_whose_queue_is_full_does_not_hold_a_dump_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection to it waits for two minutes, and no probe may go on while it is frozen."""
+    monkeypatch.setattr(probe, "PATIENCE", 0.2)
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):  # listen(2) keeps one more than it is told
+            client = sockets.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        node, _, _ = await bench.node()
+        await node.assign(bench.assignment(port=listener.getsockname()[1]))
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        await node.boot()
+        bench.engine.gate.set()
+        await asyncio.sleep(0.05)  # it probes
+        async with asyncio.timeout(5):
+            await node.dump(DumpJob("d1", "/i", "/w", "/h", "/u", 1, "", 1, False, 10.0))
+        await asyncio.sleep(1)
+        after = len(list(Path("/proc/self/fd").iterdir()))
+    assert after <= before + 3, (
+        "the sidecar's listener, the container, one probe: each that was given up is closed"
+    )

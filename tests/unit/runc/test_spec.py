@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from relume.runc import Limits, Mount, Spec, seccomp
+from relume.runc import Limits, Mount, Spec, seccomp, spec
 
 
 @pytest.fixture(autouse=True)
@@ -134,3 +134,13 @@ def test_the_hook_runs_at_boot_and_at_restore() -> None:
     assert "hooks" not in config()
     hook = {"path": "/run/hook", "args": ["/run/hook", "x"], "timeout": 30}
     assert config(create_runtime=("/run/hook", "x"))["hooks"] == {"createRuntime": [hook]}
+
+
+@pytest.mark.parametrize(("own", "apps"), [("-900\n", 0), ("0\n", 0), ("300\n", 300)])
+def test_an_app_is_not_spared_with_its_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, apps: int
+) -> None:
+    score = tmp_path / "oom_score_adj"
+    score.write_text(own)
+    monkeypatch.setattr(spec, "_OOM_SCORE", score)
+    assert config()["process"]["oomScoreAdj"] == apps

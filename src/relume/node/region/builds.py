@@ -21,6 +21,7 @@ from pathlib import Path
 from relume.build import Build, Builder, Planned
 from relume.errors import Conflict, RelumeError, StoreError, Superseded, Untrusted
 from relume.node.deployed import Deployed, How
+from relume.node.region.threads import in_background
 from relume.node.region.uploads import AGAIN_S, Spawn
 from relume.node.region.view import View
 from relume.store import BuildRecord, Lease, Progress, pack_tree, unpack_tree
@@ -208,7 +209,7 @@ class Builds:
         """Whether there is nothing left to do."""
         kept = contextlib.ExitStack()
         try:
-            record = await asyncio.to_thread(self._view.region.find_build, build.app, build.inputs_digest)
+            record = await in_background(self._view.region.find_build, build.app, build.inputs_digest)
             if record is not None:
                 if record.facts.get("build_id") != build.build_id:
                     log.warning(
@@ -228,7 +229,7 @@ class Builds:
             log.warning("build %s is not published yet: %s", build.build_id, error)
             return False
         finally:
-            await asyncio.to_thread(kept.close)
+            await in_background(kept.close)
         return True
 
 

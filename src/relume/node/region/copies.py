@@ -19,6 +19,7 @@ from relume.checkpoint.shelf import Checkpoint, Shelf
 from relume.errors import RelumeError, StoreError, Untrusted
 from relume.node.region import folder
 from relume.node.region.learned import Learned
+from relume.node.region.threads import in_background
 from relume.node.region.view import View
 from relume.pager.job import Remote
 from relume.store import CheckpointName, Fetched, Pin
@@ -188,7 +189,7 @@ class Copies:
 
     def finish(self, copy: Copy) -> None:
         """The instance needs the store no more: bring the rest, so that the next start is local. In the background."""
-        self._spawn(asyncio.to_thread(self._finish, copy))
+        self._spawn(in_background(self._finish, copy))
 
     def _finish(self, copy: Copy) -> None:
         """Blocking. Raises nothing."""
@@ -232,17 +233,17 @@ class Copies:
         known: set[CheckpointName] = set()
         while True:
             try:
-                for name in await asyncio.to_thread(self._view.region.names):
+                for name in await in_background(self._view.region.names):
                     if name not in known and name.platform == self._view.platform.key:
                         known.add(name)
-                        await asyncio.to_thread(self._prefetch, name)
+                        await in_background(self._prefetch, name)
             except (RelumeError, OSError) as error:
                 log.warning("prefetch: %s", error)
             await asyncio.sleep(_WATCH_S)
 
     def fetch_ahead(self, build_id: str) -> None:
         """A build comes onto this node: what its first start needs comes at the same time. In the background."""
-        self._spawn(asyncio.to_thread(self._fetch_ahead, build_id))
+        self._spawn(in_background(self._fetch_ahead, build_id))
 
     def _fetch_ahead(self, build_id: str) -> None:
         try:

@@ -16,6 +16,7 @@ from relume.node.region.builds import Builds
 from relume.node.region.catalogue import Catalogue
 from relume.node.region.copies import Copies
 from relume.node.region.learned import Learned
+from relume.node.region.threads import in_background
 from relume.node.region.uploads import Spawn, Uploads
 from relume.node.region.view import View
 from relume.store import Limits, RegionConfig
@@ -76,4 +77,4 @@ class NodeRegion:
 
     def learned(self, checkpoint_id: str) -> None:
         """A restore has learned: publish that where it is news. In the background."""
-        self._spawn(asyncio.to_thread(self._learned.news, checkpoint_id))
+        self._spawn(in_background(self._learned.news, checkpoint_id))

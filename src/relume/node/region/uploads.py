@@ -22,6 +22,7 @@ from relume.checkpoint.shelf import Checkpoint, Shelf
 from relume.errors import BadRequest, Conflict, NotFound, RelumeError, Untrusted
 from relume.node.region import folder
 from relume.node.region.learned import Learned
+from relume.node.region.threads import in_background
 from relume.node.region.view import View
 from relume.store import Lease, LocalCheckpoint, Progress
 
@@ -43,7 +44,7 @@ class Claim:
 
     def settle(self, checkpoint_id: str | None) -> None:
         if checkpoint_id is None:
-            self._uploads.spawn(asyncio.to_thread(self._kept.close))
+            self._uploads.spawn(in_background(self._kept.close))
         else:
             self._uploads.begin(checkpoint_id, self._lease, self._kept)
 
@@ -118,7 +119,7 @@ class Uploads:
         try:
             while True:
                 try:
-                    await asyncio.to_thread(self._publish, checkpoint_id, lease)
+                    await in_background(self._publish, checkpoint_id, lease)
                     return
                 except (NotFound, BadRequest) as error:
                     log.info("%s is not published: %s", checkpoint_id, error.message)
@@ -132,12 +133,12 @@ class Uploads:
                     pause = AGAIN_S[min(tries, len(AGAIN_S) - 1)]
                     log.warning("upload of %s: %s; again in %.0f s", checkpoint_id, error, pause)
                 tries += 1
-                await asyncio.to_thread(kept.close)
+                await in_background(kept.close)
                 lease = None
                 await asyncio.sleep(pause)
         finally:
             self._running.pop(checkpoint_id, None)
-            await asyncio.to_thread(kept.close)
+            await in_background(kept.close)
 
     def _publish(self, checkpoint_id: str, lease: Lease | None) -> None:
         checkpoint = self._shelf.load(checkpoint_id)

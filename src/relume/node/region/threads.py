@@ -1,0 +1,25 @@
+"""Threads for the region's work that nobody waits for: uploads, fills, what is fetched ahead.
+
+A store that does not answer holds each of them for minutes, and there may be as many as there are checkpoints. In the
+loop's own threads every start would stand behind them, and every stop. What a start or a deploy itself waits for does
+not come here either: it must not stand behind an upload.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_THREADS = ThreadPoolExecutor(8, thread_name_prefix="region")
+
+
+async def in_background(function: Callable[P, T], /, *arguments: P.args, **named: P.kwargs) -> T:
+    """As asyncio.to_thread, in these threads."""
+    work = partial(function, *arguments, **named)
+    return await asyncio.get_running_loop().run_in_executor(_THREADS, work)
