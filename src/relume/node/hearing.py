@@ -97,5 +97,7 @@ class Hearing:
                         self._finish_copy(instance)
             case "filled" | "gone":
                 self._finish_copy(instance)
+            case "unanswered" if instance.settings.fill != "all":
+                self._finish_copy(instance)
             case "recorded" if instance.checkpoint_id is not None and copy is None:
                 region.learned(instance.checkpoint_id)

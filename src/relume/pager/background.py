@@ -38,6 +38,9 @@ _READS_AHEAD_OF_CRIU = 3
 _RETRIES = 200
 _RETRY_SECONDS = 0.0005
 _FILL_AHEAD_BYTES = 16 << 20
+_FILL_LOOK_SECONDS = 1.0
+"""Between the looks of a fill that has nothing to do: what others bring in and cannot give is to come again."""
+
 _ROOM_SECONDS = 0.05
 _NO_ROOM_SECONDS = 1.0
 _FILL_NICE = 5
@@ -240,7 +243,7 @@ class Fill:
                     self._nudge.clear()
                     while sum(self._fill(space) for space in spaces()):
                         pass
-                    self._nudge.wait()
+                    self._nudge.wait(_FILL_LOOK_SECONDS)
             except BaseException as error:
                 self._failed(error)
 
@@ -251,10 +254,12 @@ class Fill:
         self._nudge.set()
 
     def _fill(self, space: AddressSpace) -> bool:
-        """One pass over a process; False when it lacked nothing."""
-        if space.dead or not space.pending.total:
+        """One pass over a process; False when it lacked nothing, and nobody was bringing in what may be refused."""
+        if space.dead or not space.lacking:
             self._changed()
             return False
+        if not space.pending.total:
+            time.sleep(_RETRY_SECONDS)
         for step in self._steps(space):
             self._wait_for_room(sum(part.length for part in step))
             began = time.monotonic()

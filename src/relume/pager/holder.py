@@ -21,6 +21,7 @@ import os
 import signal
 import struct
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -43,25 +44,32 @@ _LENGTH = struct.Struct("<I")
 
 
 class Board:
-    """A page of memory that pager and holder share: whom to kill if the pager ends, and why it did."""
+    """A page of memory that pager and holder share: whom to kill if the pager ends, and why it did.
+
+    Written by any thread of the pager.
+    """
 
     def __init__(self) -> None:
         self._holder = os.getpid()
         self._memory = mmap.mmap(-1, 1 + 2 * _SLOT_BYTES)
+        self._lock = threading.Lock()
         self._content: dict[str, object] = {"armed": False, "cgroup": None, "pids": [], "reason": ""}
         self._write()
 
     def arm(self, group: str | None) -> None:
         """From now on the pager's end is the instance's end."""
-        self._content |= {"armed": True, "cgroup": group}
-        self._write()
+        with self._lock:
+            self._content |= {"armed": True, "cgroup": group}
+            self._write()
 
     def add(self, pid: int) -> None:
         """One more process of the instance."""
-        pids = self._content["pids"]
-        assert isinstance(pids, list)
-        pids.append([pid, process.start_time(pid)])
-        self._write()
+        started = process.start_time(pid)
+        with self._lock:
+            pids = self._content["pids"]
+            assert isinstance(pids, list)
+            pids.append([pid, started])
+            self._write()
 
     @property
     def orphaned(self) -> bool:
@@ -78,13 +86,15 @@ class Board:
 
     def disarm(self) -> None:
         """The instance does not need the pager any more."""
-        self._content["armed"] = False
-        self._write()
+        with self._lock:
+            self._content["armed"] = False
+            self._write()
 
     def explain(self, reason: str) -> None:
         """Why the pager is about to end; the first reason stays."""
-        self._content["reason"] = self._content["reason"] or reason[:4000]
-        self._write()
+        with self._lock:
+            self._content["reason"] = self._content["reason"] or reason[:4000]
+            self._write()
 
     def abandon(self, status: int) -> NoReturn:
         """Ends the pager, with work left. Who kills the instance is the holder; if that is gone too, we are."""

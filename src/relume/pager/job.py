@@ -10,6 +10,7 @@ instance and ends). From it, each with ``"seconds"`` since the job came:
 ``replayed``   ``bytes``, ``copy_seconds``, ``ahead`` (bytes given before ``restored``), ``blocks``, ``withheld``
 ``recorded``   ``bytes``, ``pieces``, ``missed``, ``path``: what was learned is on disk
 ``answered``   the first answer left; what follows was not needed for it
+``unanswered`` none left within ``record_limit_s``: the recording is over, the fill begins; ``answered`` may yet come
 ``filled``     ``processes`` (how many), their counters added up, ``hashed_bytes``: nothing is left, the pager ends
 ``gone``       the same facts, when all processes ended before that; the pager ends
 ``failed``     ``reason``: memory could not be served; the instance was killed before this line was written.
@@ -62,7 +63,8 @@ class Job:
     ``working_set`` is replayed if it is there, ``record`` is where the new one goes. ``fill`` is "all" or
     "demand". ``cgroup`` is the instance's group as relume.linux.cgroup names them; without it the restored
     processes and their descendants are what is killed on a failure. ``verify`` is a folder for the memory of
-    verified blocks; without it nothing is hashed. ``record_limit_s`` bounds the recording, in seconds.
+    verified blocks; without it nothing is hashed. ``record_limit_s`` bounds the recording, in seconds: where no answer
+    left by then, what was touched is learned only if nothing was learned before.
     ``timed`` says that the time to the first answer tells something: it does not where the instance waits.
     ``remote`` says where missing pages come from; without it the images are whole. ``whole`` are processes (pids
     in the image) that get all their memory before anybody asks for it (whole.py says who needs that). ``root`` is

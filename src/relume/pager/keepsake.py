@@ -25,8 +25,9 @@ class Keepsake:
             end.setblocking(False)
 
     def give(self, descriptor: int) -> None:
-        """Have a duplicate kept."""
-        if self._end is None:
+        """Have a duplicate kept. The number may be one that was taken back: that must have been told before."""
+        self.tell()
+        if self._end is None or self._untold:
             return
         try:
             socket.send_fds(self._end, [b"+%d" % descriptor], [descriptor])

@@ -82,6 +82,17 @@ class RangeMap:
         first, last = self._span(start, end)
         return [self._range(index).cut(start, end) for index in range(first, last)]
 
+    def gaps(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The parts [a, b) of [start, end) that no range touches: what :meth:`overlap` leaves."""
+        found = []
+        for taken in self.overlap(start, end):
+            if start < taken.start:
+                found.append((start, taken.start))
+            start = taken.end
+        if start < end:
+            found.append((start, end))
+        return found
+
     def gap(self, address: int, low: int, high: int) -> tuple[int, int]:
         """The largest [a, b) around ``address`` within [low, high) that no range touches.
 

@@ -80,7 +80,9 @@ class Pager:
         """Those with faults to be served."""
         self._returned: deque[AddressSpace] = deque()
         """Those for which a thread that may wait could not serve one."""
-        self._finished: list[Counters] = []
+        self._totals = Counters()
+        """Of all processes that the pager let go of, and how many these are."""
+        self._finished = 0
         self._survived = False
         self._pagemaps: dict[int, Pagemap] = {}
         self._sources: dict[int, PageSource] = {}
@@ -271,10 +273,8 @@ class Pager:
             name=str(task.pid),
             descriptor=task.descriptor,
             pages_id=pagemap.pages_id,
-            pending=RangeMap(Range(each.address, each.end, each.offset) for each in pagemap.lazy),
-            layout=RangeMap(
-                Range(each.offset, each.offset + each.length, each.address) for each in pagemap.lazy
-            ),
+            pending=self._pending.pop(task.pid),
+            layout=self._layouts.pop(task.pid),
             source=source,
             wiped=self._wiped[task.pid],
             on_copy=self._copied,
@@ -312,16 +312,14 @@ class Pager:
                 self._fill.nudge()
 
     def _serve(self, space: AddressSpace) -> None:
+        space.settle()
         for address in list(space.waiting):
-            if space.needs_waiting(address):
-                space.waiting.discard(address)
+            outcome = space.serve(address, wait=False)
+            if outcome is Served.SLOW:
                 space.asked.add(address)
                 self._slow.put((space, address))
-                continue
-            outcome = space.serve(address)
             if outcome is not Served.LATER:
                 space.waiting.discard(address)
-        space.settle()
         if not space.waiting and (space.dead or not space.doubtful):
             self._hungry.discard(space)
 
@@ -363,16 +361,25 @@ class Pager:
         if self._restored_at is None:
             return  # heard of it before CRIU's last word; _restored comes back to it
         if self._recording:
-            self._recording = False
-            if self._job.record:
-                if self._job.root is not None:
-                    self._noting = threading.Thread(target=self._record_mapped_files, name="mapped-files")
-                    self._noting.start()
-                self._record(time.monotonic() - self._restored_at)
+            self._stop_recording(time.monotonic() - self._restored_at)
+
+    def _nobody_asks(self) -> None:
+        """No answer within the limit: what an idle app touched is learned only where nothing better is known."""
+        self._emit("unanswered")
+        self._stop_recording(None)
+
+    def _stop_recording(self, seconds: float | None) -> None:
+        """``seconds`` is what the first answer took; None where there was none."""
+        self._recording = False
+        if self._job.record and (seconds is not None or self._learned is None):
+            if self._job.root is not None:
+                self._noting = threading.Thread(target=self._record_mapped_files, name="mapped-files")
+                self._noting.start()
+            self._record(seconds)
         if self._job.fill == "all":
             self._start_fill()
 
-    def _record(self, seconds: float) -> None:
+    def _record(self, seconds: float | None) -> None:
         assert self._job.record is not None
         touched = tuple(self._touched)
         missed = sum(piece.length for piece in touched)
@@ -382,8 +389,9 @@ class Pager:
             pieces = working_set.refine([*replayed, *self._replay.kept_back], self._replay.kept_back, touched)
         else:
             pieces = working_set.refine((), (), touched)  # learned anew, all of it by need
-        measured = self._job.timed and not self._hashed_bytes()
-        run = Run(self._replay is not None, seconds, missed) if measured else None
+        run = None
+        if seconds is not None and self._job.timed and not self._hashed_bytes():
+            run = Run(self._replay is not None, seconds, missed)
         updated = dataclasses.replace(learned.after(run), pieces=pieces)
         try:
             working_set.save(self._job.record, updated)
@@ -401,13 +409,12 @@ class Pager:
             mapped_files.save(
                 self._job.record.with_name(mapped_files.NAME), mapped_files.touched(self._host_pids)
             )
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             log.warning("what was learned of mapped files is lost: %s", error)
 
     def _start_fill(self) -> None:
-        if self._fill is None:
-            self._fill = background.Fill(self._job.cgroup, self._pace, self._wake, self._fail)
-            self._fill.start(lambda: [space for space in list(self._spaces) if not space.dead])
+        self._fill = background.Fill(self._job.cgroup, self._pace, self._wake, self._fail)
+        self._fill.start(lambda: [space for space in list(self._spaces) if not space.dead])
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -421,20 +428,22 @@ class Pager:
             if replaying and space not in whole:
                 continue
             if space.dead or space.complete:
-                self._readable(space)  # what came since may say otherwise
-                if not space.dead and not space.complete:
-                    continue
-                was_dead = space.dead
-                self._selector.unregister(space.descriptor)
-                self._keepsake.take_back(space.descriptor)
-                space.close()
-                self._spaces.remove(space)
-                self._hungry.discard(space)
-                self._survived |= not was_dead
-                self._finished.append(space.counters)
+                self._readable(space)  # a fault or a fork that came since is ours yet
+                if space.dead or space.complete:
+                    self._let_go(space)
         if self._whole and not self._whole.told and not any(space in self._spaces for space in whole):
             self._whole.told = True
             self._emit("whole", bytes=self._whole.copied, copy_seconds=round(self._whole.seconds, 6))
+
+    def _let_go(self, space: AddressSpace) -> None:
+        self._survived |= not space.dead
+        self._selector.unregister(space.descriptor)
+        self._keepsake.take_back(space.descriptor)
+        space.close()
+        self._spaces.remove(space)
+        self._hungry.discard(space)
+        self._totals.add(space.counters)
+        self._finished += 1
 
     def _over(self) -> bool:
         if self._restored_at is None or self._spaces:
@@ -445,11 +454,8 @@ class Pager:
         self._board.disarm()
         self._emit(
             "filled" if self._survived or not self._finished else "gone",
-            processes=len(self._finished),
-            **{
-                name: sum(getattr(each, name) for each in self._finished)
-                for name in Counters.__dataclass_fields__
-            },
+            processes=self._finished,
+            **dataclasses.asdict(self._totals),
             hashed_bytes=self._hashed_bytes(),
         )
         if self._noting is not None:
@@ -467,7 +473,7 @@ class Pager:
             and self._restored_at is not None
             and time.monotonic() - self._restored_at > self._job.record_limit_s
         ):
-            self._first_answer()
+            self._nobody_asks()
 
     def _holder_died(self) -> None:
         raise PagerError("the holder was killed", hint="the instance was ended with it")

@@ -11,15 +11,18 @@ import ctypes
 import errno
 import mmap
 import os
+import time
 from pathlib import Path
 from typing import Protocol
 
-from relume.errors import ImageError
+from relume.errors import ImageError, PagerError
 from relume.images.integrity import BLOCK_BYTES, PagesVerifier
 from relume.linux import syscall
 
 _MADV_POPULATE_READ = 22
 _MAP_NORESERVE = 0x4000
+_MEMORY_PATIENCE_SECONDS = 5.0
+_MEMORY_RETRY_SECONDS = 0.01
 
 
 class PageSource(Protocol):
@@ -34,7 +37,8 @@ class PageSource(Protocol):
     def load(self, offset: int, length: int) -> int:
         """Waits until the bytes are here and verified; returns their address in this process.
 
-        Raises ImageError when they cannot be had, Untrusted when they are not what was dumped.
+        Raises ImageError when they cannot be had, Untrusted when they are not what was dumped, PagerError when memory
+        for them stays short.
         """
 
     def close(self) -> None:
@@ -92,10 +96,12 @@ class FileSource:
         first, last = offset // BLOCK_BYTES, (offset + length - 1) // BLOCK_BYTES
         if 0 not in self._loaded[first : last + 1]:
             return True
-        if self._verifier and not self._verifier.known(offset, length):
-            return False
-        pages = length // mmap.PAGESIZE
-        vector = ctypes.create_string_buffer(pages)
+        if self._verifier:
+            if not self._verifier.known(offset, length):
+                return False
+            offset = first * BLOCK_BYTES  # load() brings whole blocks then
+            length = min((last + 1) * BLOCK_BYTES, self.size) - offset
+        vector = ctypes.create_string_buffer(-(-length // mmap.PAGESIZE))
         if (
             syscall.libc().mincore(ctypes.c_void_p(self._address + offset), ctypes.c_size_t(length), vector)
             != 0
@@ -142,6 +148,7 @@ class FileSource:
 
     def _populate(self, offset: int, length: int) -> None:
         libc = syscall.libc()
+        patience = 0.0
         while (
             libc.madvise(
                 ctypes.c_void_p(self._address + offset),
@@ -155,6 +162,17 @@ class FileSource:
                 continue
             if error.errno == errno.EINVAL:
                 return  # before Linux 5.14; the copy brings the pages in by itself
+            if error.errno == errno.ENOMEM:
+                # No room for the page cache, or for page tables: the file is not to blame.
+                now = time.monotonic()
+                patience = patience or now + _MEMORY_PATIENCE_SECONDS
+                if now < patience:
+                    time.sleep(_MEMORY_RETRY_SECONDS)
+                    continue
+                raise PagerError(
+                    f"{self.path}: no memory to read {length} bytes at {offset:#x}",
+                    hint="see the kernel's log; the instance was killed, it must not run on without them",
+                )
             raise ImageError(
                 f"{self.path}: {length} bytes at {offset:#x} cannot be read ({error.strerror})",
                 hint="the disk fails or the file was cut short; take a new checkpoint",

@@ -35,6 +35,10 @@ _STREAMS = 16
 """Places of sequential access remembered per process."""
 
 _MEMORY_PATIENCE_SECONDS = 5.0
+_MEMORY_PAUSE_SECONDS = 1.0
+"""How long memory may be short before that is the end; and after what time without an attempt nobody has waited."""
+
+_SHORT = (errno.ENOMEM, errno.ENOSPC)
 
 
 class Served(enum.Enum):
@@ -43,6 +47,8 @@ class Served(enum.Enum):
     DONE = enum.auto()
     LATER = enum.auto()
     """The layout is changing, or somebody else is copying there: try again once messages were read."""
+    SLOW = enum.auto()
+    """Nothing was tried: the source would have to be waited for (a disk, a hash, a store)."""
     GONE = enum.auto()
     """The memory no longer exists."""
 
@@ -61,8 +67,13 @@ class Counters:
     forks: int = 0
     again: int = 0
 
+    def add(self, other: Counters) -> None:
+        """Those of another process too."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class _Stream:
     """Where sequential faults are expected next, and how much to bring in then."""
 
@@ -73,7 +84,6 @@ class _Stream:
 @dataclass(eq=False)
 class AddressSpace:
     """``name`` for logs; ``layout`` has the image's order: offset in the pages file -> address at the dump.
-
 
     ``waiting`` are faults to be served by the loop, ``asked`` those given to a thread that may wait; ``doubtful`` is
     to come unless it was unmapped (see ``_unmap``).
@@ -103,12 +113,29 @@ class AddressSpace:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _streams: list[_Stream] = field(default_factory=list)
     _moved: RangeMap = field(default_factory=RangeMap)
-    _starved_since: float | None = None
+    """Where something that is to come was moved to, since it was last seen that nothing is changing."""
+    _changes: int = 0
+    """How many messages other than faults were read."""
+    _short_since: float = 0.0
+    _short_at: float = 0.0
+    """When memory was first and last found short, of attempts that followed each other."""
+
+    @property
+    def lacking(self) -> bool:
+        """Whether something is to come, or being copied: that may be refused, and is to come again then.
+
+        Once it is not, it never is again: a copy begins with what is to come, and a move does not make more of it.
+        """
+        with self._lock:
+            return bool(self.pending.total or self._flying)
 
     @property
     def complete(self) -> bool:
-        """Nothing is left to come, and nobody waits for anything."""
-        return not (self.pending.total or self._flying or self.waiting or self.asked)
+        """Nothing is left to come, and nobody waits for anything. To be asked by the thread that reads messages."""
+        if self.lacking or self.asked:
+            return False
+        # Asked after the others: a fault that is given back is put here before it is taken from there.
+        return not self.waiting
 
     def locate(self, offset: int, length: int) -> list[Range]:
         """Where a piece of the pages file belongs in memory, unless the app moved it."""
@@ -123,9 +150,12 @@ class AddressSpace:
             return self.pending.after(address)
 
     def probe(self) -> None:
-        """Notices that the process ended or exec'd: nothing tells."""
-        if not userfaultfd.alive(self.descriptor):
-            self.dead = True
+        """Notices that the process ended or exec'd: nothing tells. For the thread that reads messages."""
+        match userfaultfd.condition(self.descriptor):
+            case Condition.GONE:
+                self.dead = True
+            case Condition.QUIET:
+                self._seen_quiet()
 
     # --- messages (one thread) --------------------------------------------------------------------
 
@@ -137,19 +167,23 @@ class AddressSpace:
         born = []
         with self.gate.reading():
             if self._moved.total and userfaultfd.condition(self.descriptor) is not Condition.CHANGING:
-                self._moved = RangeMap()
-            for message in userfaultfd.read(self.descriptor):
-                match message:
-                    case Fault(address):
-                        self.waiting.add(address & -PAGE_SIZE)
-                    case Fork(descriptor):
-                        born.append(self._fork(descriptor))
-                    case Remap(source, destination, length):
-                        self._remap(source, destination, length)
-                    case Remove(start, end):
-                        self._give_up(start, end)
-                    case Unmap(start, end):
-                        self._unmap(start, end)
+                self._seen_quiet()
+            messages = userfaultfd.read(self.descriptor)
+            with self._lock:
+                for message in messages:
+                    match message:
+                        case Fault(address):
+                            self.waiting.add(address & -PAGE_SIZE)
+                            continue
+                        case Fork(descriptor):
+                            born.append(self._fork(descriptor))
+                        case Remap(source, destination, length):
+                            self._remap(source, destination, length)
+                        case Remove(start, end):
+                            self._give_up(start, end)
+                        case Unmap(start, end):
+                            self._unmap(start, end)
+                    self._changes += 1
         return born
 
     def _fork(self, descriptor: int) -> AddressSpace:
@@ -173,8 +207,10 @@ class AddressSpace:
     def _remap(self, source: int, destination: int, length: int) -> None:
         self.pending.move(source, destination, length)
         self.wiped.move(source, destination, length)
+        self._moved.take(source, source + length)
         self._moved.take(destination, destination + length)
-        self._moved.put(Range(destination, destination + length, destination))
+        if self.pending.overlap(destination, destination + length):
+            self._moved.put(Range(destination, destination + length, destination))
 
     def _give_up(self, start: int, end: int) -> None:
         self.counters.given_up_bytes += sum(each.length for each in self.pending.take(start, end))
@@ -185,88 +221,140 @@ class AddressSpace:
         So a range that another thread moved there meanwhile may be announced first (REMAP, then the UNMAP of what
         lay there before). Such a range keeps its contents. It can only be so if something was changing all the time
         between the two messages: the kernel counts the munmap from before it unmaps until its message was read.
-        Where both were read before that could be asked, the range is kept, and looked at as soon as copies are
-        answered (``doubtful``): ENOENT drops it then.
+        Where both were read before that could be asked, the range is kept, and asked about as soon as the kernel
+        answers (``doubtful``): ENOENT drops it then.
         """
-        position = start
-        while position < end:
-            kept = self._moved.after(position)
-            stop = min(end, kept.start) if kept else end
-            if position < stop:
-                self._give_up(position, stop)
-                self.wiped.take(position, stop)
-            if kept and kept.start < end:
-                self.doubtful += self.pending.overlap(kept.start, min(end, kept.end))
-            position = kept.end if kept and kept.start < end else end
+        for low, high in self._moved.gaps(start, end):
+            self._give_up(low, high)
+            self.wiped.take(low, high)
+        for kept in self._moved.overlap(start, end):
+            self.doubtful += self.pending.overlap(kept.start, kept.end)
+
+    def _seen_quiet(self) -> None:
+        """Nothing was changing a moment ago, and no message was read since: an UNMAP that comes is a later one.
+
+        Said by a page that the kernel let us give, too: it refuses that while something is changing anywhere. For
+        the thread that reads messages, or whoever holds ``gate.copying``: ``_moved`` gets more only under
+        ``gate.reading``, so what it says now was read before that moment.
+        """
+        if self._moved.total:
+            self._moved = RangeMap()
 
     def settle(self) -> None:
-        """Brings in what may have been unmapped, or learns that it was. Raises as :meth:`bring`."""
+        """Asks whether what may have been unmapped is mapped, and forgets what is not.
+
+        At once, whether or not the contents can be had: the less time passes, the less can come to lie in a place that
+        was unmapped. Raises PagerError.
+        """
         while self.doubtful and not self.dead:
-            each = self.doubtful[-1]
-            step = each.cut(each.start, each.start + MAXIMUM_WINDOW)
-            if self.bring([step])[0] is Served.LATER or self._is_to_come(step):
+            each = self.doubtful.pop()
+            with self.gate.copying():
+                decided = self._drop_unmapped(each)
+            if decided < each.end:
+                self.doubtful.append(each.cut(decided, each.end))
                 return
-            self.doubtful.pop()
-            if step.end < each.end:
-                self.doubtful.append(each.cut(step.end, each.end))
+
+    def _drop_unmapped(self, doubtful: Range) -> int:
+        """Returns up to where it could be told; not further while something is changing, or being copied there."""
+        position, step = doubtful.start, doubtful.length
+        while position < doubtful.end:
+            step = min(step, doubtful.end - position)
+            error = userfaultfd.ask(self.descriptor, position, step)
+            if error == errno.ENOENT and step > PAGE_SIZE:
+                step = _half(step)  # not within one mapping
+                continue
+            if error and not (error == errno.ENOENT and self._is_unmapped()):
+                self._after(error, position)
+                return position
+            self._seen_quiet()
+            with self._lock:
+                if self._is_flying(position, position + step):
+                    return position
+                if error:
+                    self.pending.take(position, position + step)
+            if error:
+                self._let_go(position)
+            position += step
+            step *= 2
+        return position
+
+    def _is_flying(self, start: int, end: int) -> bool:
+        """Whether another thread is copying there; it may fail yet. To be asked with the lock held."""
+        return any(each.start < end and start < each.end for each in self._flying)
 
     def _is_to_come(self, part: Range) -> bool:
         """Whether something of ``part`` is still to come, or another thread is copying there and may yet fail."""
         with self._lock:
-            flying = any(each.start < part.end and part.start < each.end for each in self._flying)
-            return flying or bool(self.pending.overlap(part.start, part.end))
+            return self._is_flying(part.start, part.end) or bool(self.pending.overlap(part.start, part.end))
 
     # --- faults -----------------------------------------------------------------------------------
 
-    def serve(self, address: int) -> Served:
+    def serve(self, address: int, *, wait: bool = True) -> Served:
         """Gives the page at ``address``, and its neighbours, to whoever waits for it.
 
-        Raises ImageError or Untrusted when the contents cannot be had, PagerError when they cannot be given.
+        Without ``wait`` only what the source has at hand, and SLOW where that page is not. Raises ImageError or
+        Untrusted when the contents cannot be had, PagerError when they cannot be given.
         """
-        window = self._window(address)
+        changes = self._changes
+        window, stream = self._window(address)
         if window is None:
             return self._serve_zeros(address)
+        if not wait and (window := self._at_hand(window, address)) is None:
+            return Served.SLOW
         result, copied = self.bring([window])
         if copied:
             self.counters.faults += 1
             self.counters.fault_bytes += copied
+            if stream:
+                self._follow(stream, window.end)
             if self.on_copy:
                 self.on_copy(self.pages_id, window.offset, window.length)
-        if result is Served.DONE and self._is_to_come(window.cut(address, address + PAGE_SIZE)):
-            return Served.LATER  # claimed by another thread since we looked: its copy may still fail
+        if result is Served.DONE and (
+            # While the source was waited for the page was given up, or moved, and nobody has given it or woken anybody.
+            changes != self._changes
+            # Claimed by another thread since we looked: its copy may still fail.
+            or self._is_to_come(window.cut(address, address + PAGE_SIZE))
+        ):
+            return Served.LATER
         return result
 
-    def needs_waiting(self, address: int) -> bool:
-        """Whether serving ``address`` would wait for the source (a disk, a hash)."""
-        with self._lock:
-            found = self.pending.at(address)
-        if found is None:
-            return False
-        page = found.cut(address, address + PAGE_SIZE)
-        return not self.source.ready(page.offset, page.length)
+    def _window(self, address: int) -> tuple[Range | None, _Stream | None]:
+        """What to bring in for a fault at ``address``: more, the longer faults go upwards there.
 
-    def _window(self, address: int) -> Range | None:
-        """What to bring in for a fault at ``address``: more, the longer faults go upwards there."""
+        And the stream that is to be led on where it came in; none where the replay says what is needed.
+        """
         with self._lock:
             found = self.pending.at(address)
             if found is None:
-                return None
+                return None, None
             if self.expected and (
                 piece := self.expected(self.pages_id, found.offset + address - found.start)
             ):
                 shift = found.start - found.offset
-                return found.cut(piece[0] + shift, piece[1] + shift)
+                return found.cut(piece[0] + shift, piece[1] + shift), None
             for stream in self._streams:
                 if stream.expected <= address < stream.expected + MINIMUM_WINDOW:
-                    stream.window = min(2 * stream.window, MAXIMUM_WINDOW)
-                    chosen = found.cut(address, address + stream.window)
-                    stream.expected = chosen.end
-                    return chosen
+                    return found.cut(address, address + stream.window), stream
             low = address & -MINIMUM_WINDOW
-            chosen = found.cut(low, low + MINIMUM_WINDOW)
-            self._streams.insert(0, _Stream(chosen.end, MINIMUM_WINDOW))
-            del self._streams[_STREAMS:]
-            return chosen
+            return found.cut(low, low + MINIMUM_WINDOW), _Stream(low, MINIMUM_WINDOW)
+
+    def _at_hand(self, window: Range, address: int) -> Range | None:
+        """As much of ``window`` as need not be waited for: all, less from ``address`` on, or not even that page."""
+        if self.source.ready(window.offset, window.length):
+            return window
+        for length in (MINIMUM_WINDOW, PAGE_SIZE):
+            part = window.cut(address, address + length)
+            if self.source.ready(part.offset, part.length):
+                return part
+        return None
+
+    def _follow(self, stream: _Stream, end: int) -> None:
+        """What a fault asked for came in, up to ``end``."""
+        with self._lock:
+            stream.expected, stream.window = end, min(2 * stream.window, MAXIMUM_WINDOW)
+            if stream not in self._streams:
+                self._streams.insert(0, stream)
+                del self._streams[_STREAMS:]
 
     def _serve_zeros(self, address: int) -> Served:
         """Memory that the image has nothing for, or that was given up: zeros, as the kernel would give."""
@@ -282,8 +370,12 @@ class AddressSpace:
             done, error = userfaultfd.zero(self.descriptor, address, high - address)
             if error == errno.ENOENT and high - address > PAGE_SIZE:
                 done, error = userfaultfd.zero(self.descriptor, address, PAGE_SIZE)
+            if done:
+                self._seen_quiet()
             if error in (errno.EEXIST, errno.ENOENT):
                 self._wake(address)
+            if error not in _SHORT:
+                self._short_since = 0.0
         self.counters.zero_faults += 1
         if done or error in (errno.EEXIST, errno.ENOENT):
             return Served.DONE
@@ -316,6 +408,8 @@ class AddressSpace:
                         break
                 else:
                     left = []
+                if copied:
+                    self._seen_quiet()
             finally:
                 with self._lock:
                     self._flying.difference_update(each for each, _ in claimed)
@@ -350,18 +444,18 @@ class AddressSpace:
             done, error = userfaultfd.copy(self.descriptor, position, position + shift, step)
             position += done
             copied += done
+            if error not in _SHORT:
+                self._short_since = 0.0
             if not error:
-                self._starved_since = None
                 step *= 2  # back to the whole rest after a boundary
             elif error == errno.EEXIST:
                 # There already, whoever brought it: it is not ours to change. Waiters may have missed the wake.
                 self._wake(position)
                 position += PAGE_SIZE
             elif error == errno.ENOENT and step > PAGE_SIZE:
-                step = (step // 2) & -PAGE_SIZE  # a copy must lie within one mapping: mprotect splits them
+                step = _half(step)  # a copy must lie within one mapping: mprotect splits them
             elif error == errno.ENOENT and self._is_unmapped():
-                self.counters.dropped_bytes += PAGE_SIZE
-                self._wake(position)
+                self._let_go(position)
                 position += PAGE_SIZE
             else:
                 outcome = self._after(error, position)
@@ -377,6 +471,11 @@ class AddressSpace:
         """
         return self.restored and userfaultfd.condition(self.descriptor) is not Condition.CHANGING
 
+    def _let_go(self, address: int) -> None:
+        """Of a page that is mapped no more; whoever waits for it is to see that for himself."""
+        self.counters.dropped_bytes += PAGE_SIZE
+        self._wake(address)
+
     def _after(self, error: int, address: int) -> Served:
         """What an error means for the whole address space. Raises PagerError where the instance cannot go on."""
         if error in (errno.EAGAIN, errno.ENOENT):
@@ -385,10 +484,12 @@ class AddressSpace:
         if error == errno.ESRCH or (error == errno.ENOSPC and not userfaultfd.alive(self.descriptor)):
             self.dead = True
             return Served.GONE
-        if error in (errno.ENOMEM, errno.ENOSPC):
+        if error in _SHORT:
             now = time.monotonic()
-            self._starved_since = self._starved_since or now
-            if now - self._starved_since < _MEMORY_PATIENCE_SECONDS:
+            if not self._short_since or now - self._short_at > _MEMORY_PAUSE_SECONDS:
+                self._short_since = now
+            self._short_at = now
+            if now - self._short_since < _MEMORY_PATIENCE_SECONDS:
                 return Served.LATER
         raise PagerError(
             f"process {self.name}: the page at {address:#x} could not be given ({os.strerror(error)})",
@@ -407,3 +508,8 @@ class AddressSpace:
         with self.gate.reading():
             self.dead = True
             os.close(self.descriptor)
+
+
+def _half(length: int) -> int:
+    """In whole pages."""
+    return (length // 2) & -PAGE_SIZE

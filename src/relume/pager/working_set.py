@@ -148,14 +148,9 @@ def refine(
     needed = _union(asked)
     for piece in [*_ordered_keep(replayed, back, needed), *asked]:
         known = seen.setdefault(piece.pages_id, RangeMap())
-        position, end = piece.offset, piece.offset + piece.length
-        while position < end:
-            taken = known.after(position)
-            stop = min(end, taken.start) if taken else end
-            if position < stop:
-                result.append(Piece(piece.pages_id, position, stop - position))
-                known.put(Range(position, stop, position))
-            position = max(stop, min(end, taken.end)) if taken else end
+        for start, stop in known.gaps(piece.offset, piece.offset + piece.length):
+            result.append(Piece(piece.pages_id, start, stop - start))
+            known.put(Range(start, stop, start))
     return tuple(result)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import deque
 from pathlib import Path
 
 import pytest
 
+from pager.miniature import BASE, PAGE, PAGES, Refused, kernel, restored
 from relume.linux import cgroup
 from relume.pager import background, room
 from relume.pager.ranges import Range
@@ -17,6 +20,46 @@ def test_a_step_is_no_larger_than_asked() -> None:
     assert background._step(rest, 250) == [Range(0, 100, 0), Range(200, 350, 200)]
     assert background._step(rest, 1000) == [Range(350, 500, 350), Range(600, 700, 600)]
     assert not rest
+
+
+def test_a_fill_waits_for_copies_that_may_yet_be_refused() -> None:
+    """It finds nothing to come while another thread copies it all; that copy is refused, and nobody else is left."""
+    with kernel() as made:
+        space, changed, failed = restored(made), threading.Event(), []
+        replay = Refused(made, space, Range(BASE * PAGE, (BASE + PAGES) * PAGE, 0))
+        replay.begin()
+        assert not space.pending.total
+        fill = background.Fill(None, background.Pace(), changed.set, failed.append)
+        fill.start(lambda: [space])
+        time.sleep(0.05)
+        assert not space.complete
+        replay.end()
+        deadline = time.monotonic() + 5
+        while not space.complete:
+            assert not failed
+            assert time.monotonic() < deadline, "the fill fell asleep"
+            time.sleep(0.01)
+        assert len(made.memories[3].present) == PAGES
+        space.dead = True
+
+
+def test_a_fill_looks_again_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "_FILL_LOOK_SECONDS", 0.02)
+    with kernel() as made:
+        space, asleep = restored(made), threading.Event()
+        kept = space.pending.take(0, (BASE + PAGES) * PAGE)
+        fill = background.Fill(None, background.Pace(), asleep.set, lambda error: None)
+        fill.start(lambda: [space])
+        assert asleep.wait(5)
+        time.sleep(0.01)
+        with space._lock:
+            for each in kept:
+                space.pending.put(each)
+        deadline = time.monotonic() + 5
+        while not space.complete:
+            assert time.monotonic() < deadline, "the fill fell asleep"
+            time.sleep(0.01)
+        space.dead = True
 
 
 def test_steps_are_small_while_faults_come() -> None:

@@ -7,7 +7,12 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+
+import pytest
+
+from relume.pager import holder
 
 ROOT = Path(__file__).parents[3]
 
@@ -87,6 +92,31 @@ def test_images_that_are_not_there(tmp_path: Path) -> None:
     assert [event["event"] for event in events] == ["listening", "failed"]
     assert "pstree.img" in events[-1]["reason"]
     assert process.wait(20) == 1
+
+
+def test_the_board_is_written_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    board, writing, twice = holder.Board(), threading.Lock(), []
+    encode = json.dumps
+
+    def slow(content: object) -> str:
+        if not writing.acquire(blocking=False):
+            twice.append(content)
+            return encode(content)
+        threading.Event().wait(0.1)
+        writing.release()
+        return encode(content)
+
+    monkeypatch.setattr(holder.json, "dumps", slow)
+    threads = [threading.Thread(target=board.explain, args=(reason,)) for reason in ("first", "second")]
+    threads.append(threading.Thread(target=board.add, args=(os.getpid(),)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not twice
+    _, _, pids, reason = board.read()
+    assert [pid for pid, _ in pids] == [os.getpid()]
+    assert reason == "first"
 
 
 def _start(control: socket.socket) -> subprocess.Popen[bytes]:

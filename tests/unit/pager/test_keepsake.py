@@ -79,6 +79,31 @@ def test_a_keeper_that_does_not_listen_holds_nobody_up(pair: Pair) -> None:
         os.close(reading)
 
 
+def test_a_number_that_is_given_again_is_that_of_the_new_one(pair: Pair) -> None:
+    keepsake, kept, ours = pair
+    (old, descriptor), (new, other) = os.pipe(), os.pipe()
+    keepsake.give(descriptor)
+    told = 0
+    try:
+        while True:
+            ours.send(b"-999999")
+            told += 1
+    except BlockingIOError:
+        keepsake.take_back(descriptor)
+    os.dup2(other, descriptor)
+    os.close(other)
+    while told >= 0:
+        assert kept.receive()
+        told -= 1
+    keepsake.give(descriptor)
+    assert kept.receive()
+    os.close(descriptor)
+    assert _ended(old)
+    assert not _ended(new)
+    for reading in (old, new):
+        os.close(reading)
+
+
 def test_without_a_keeper(pair: Pair) -> None:
     Keepsake(None).give(0)
     keepsake, kept, _ = pair

@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,43 @@ def test_what_was_touched_is_found(place: Path) -> None:
     found = {page for offset, length in spans for page in range(offset // PAGE, (offset + length) // PAGE)}
     assert {0, 2 * MEGABYTE // PAGE} <= found
     assert len(found) < 128, "the kernel maps some pages around a fault, and no more"
+    content.close()
+
+
+def test_a_sparse_mapping_costs_no_memory(place: Path) -> None:
+    """8 bytes for each of its pages, touched or not: the whole table of an LMDB map would be gigabytes."""
+    path, size = place / "data.mdb", 64 << 30
+    with path.open("wb") as file:
+        file.truncate(size)
+    edge = mapped_files._ENTRIES_AT_ONCE * PAGE
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    content.madvise(mmap.MADV_RANDOM)
+    for at in (edge - PAGE, edge, size - PAGE):
+        assert content[at] == 0
+    # On huge pages, and with what the kernel maps around a fault, more is in use than was asked for.
+    tracemalloc.start()
+    spans = mapped_files.touched([os.getpid()])[str(path)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    content.close()
+    assert len(spans) == 2
+    (first, length), (last, rest) = spans
+    assert first <= edge - PAGE and first + length >= edge + PAGE
+    assert last <= size - PAGE and last + rest == size
+    assert length + rest < 8 * MEGABYTE
+    assert peak < 16 * MEGABYTE
+
+
+def test_no_more_of_a_page_table_is_read_than_is_worth_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cold(place / "file", MEGABYTE)
+    with (place / "file").open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    assert content[0] >= 0
+    monkeypatch.setattr(mapped_files, "_MOST_ENTRIES", 0)
+    assert not any(mapped_files.touched([os.getpid()]).values())
     content.close()
 
 

@@ -91,6 +91,10 @@ class PerPage(RuleBasedStateMachine):
     def overlap(self, page: int, count: int) -> None:
         found = self.map.overlap(page * PAGE, (page + count) * PAGE)
         assert _by_page(found) == {n: o for n, o in self.model.items() if page <= n < page + count}
+        gaps = self.map.gaps(page * PAGE, (page + count) * PAGE)
+        free = [n for low, high in gaps for n in range(low // PAGE, high // PAGE)]
+        assert free == [n for n in range(page, page + count) if n not in self.model]
+        assert all(low < high for low, high in gaps)
 
     @invariant()
     def same(self) -> None:

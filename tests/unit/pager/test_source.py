@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from relume.errors import ImageError, Untrusted
+from relume.errors import ImageError, PagerError, Untrusted
 from relume.images.integrity import BLOCK_BYTES, Verifier, record
+from relume.linux import syscall
+from relume.pager import source as module
 from relume.pager.source import FileSource
 
 PAGE = 4096
@@ -54,6 +58,69 @@ def test_a_file_that_was_cut_short_is_an_error_not_a_signal(pages: Path) -> None
     with pytest.raises(ImageError, match="cannot be read"):
         source.load(BLOCK_BYTES - PAGE, PAGE)
     source.close()
+
+
+class Short:
+    """A C library whose madvise(2) finds no memory so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+        self._real = syscall.libc()
+
+    def madvise(self, *arguments: object) -> int:
+        if not self.times:
+            return int(self._real.madvise(*arguments))
+        self.times -= 1
+        ctypes.set_errno(errno.ENOMEM)
+        return -1
+
+
+def test_memory_that_is_short_for_a_moment_is_waited_for(
+    pages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, short = FileSource(pages), Short(3)
+    monkeypatch.setattr(syscall, "libc", lambda: short)
+    assert ctypes.string_at(source.load(PAGE, PAGE), PAGE) == pages.read_bytes()[PAGE : 2 * PAGE]
+    assert not short.times
+    source.close()
+
+
+def test_memory_that_stays_short_is_not_the_disks_fault(pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, short = FileSource(pages), Short(1 << 30)
+    monkeypatch.setattr(syscall, "libc", lambda: short)
+    monkeypatch.setattr(module, "_MEMORY_PATIENCE_SECONDS", 0.05)
+    with pytest.raises(PagerError, match="no memory"):
+        source.load(PAGE, PAGE)
+    source.close()
+
+
+def test_what_is_ready_is_what_would_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a verifier whole blocks are: the page may be in memory, and its block on the disk."""
+    with tempfile.TemporaryDirectory(
+        dir="/var/tmp"
+    ) as folder:  # on a disk: a tmpfs has no page cache to be without
+        path = Path(folder) / "pages-1.img"
+        path.write_bytes(os.urandom(SIZE))
+        record(path.parent)
+        runtime = Path(folder) / "runtime"
+        verified = FileSource(path, Verifier(path.parent, runtime).pages(path))
+        verified.load(0, SIZE)
+        verified.close()
+        again = FileSource(path, Verifier(path.parent, runtime).pages(path))
+        assert again.ready(0, PAGE)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            os.pread(file.fileno(), PAGE, 0)
+        plain = FileSource(path)
+        if plain.ready(0, BLOCK_BYTES) or not plain.ready(0, PAGE):
+            pytest.skip("this file system keeps its pages")
+        assert not again.ready(0, PAGE)
+        again.load(0, PAGE)
+        assert again.ready(0, BLOCK_BYTES)
+        again.close()
+        plain.close()
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -1,154 +1,33 @@
-"""AddressSpace against a kernel and an app in miniature: any order of events, faults, copies, any moment.
-
-The miniature keeps, per page, what the app must see, and refuses copies as the kernel does while an event is
-queued. What the pager makes of it must never show the app anything else than what it is owed.
-"""
+"""AddressSpace against a kernel and an app in miniature: any order of events, faults, copies, any moment."""
 
 from __future__ import annotations
 
 import errno
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from pager.miniature import (
+    BASE,
+    GONE,
+    PAGE,
+    PAGES,
+    ZERO,
+    Memory,
+    Partly,
+    Refused,
+    Source,
+    kernel,
+    restored,
+)
 from relume.errors import PagerError
-from relume.linux.userfaultfd import Condition, Fault, Fork, Message, Remap, Remove, Unmap
+from relume.linux.userfaultfd import Fault, Fork, Remap, Remove, Unmap
 from relume.pager import space as module
 from relume.pager.ranges import Range, RangeMap
 from relume.pager.space import AddressSpace, Served
-
-PAGE = 4096
-PAGES = 40
-BASE = 0x100
-"""The first page number of the image's memory; moves go above it."""
-
-ZERO = -1
-"""The content "reads as zeros"; any other is a page number in the pages file."""
-
-GONE = -2
-"""What is read where nothing is mapped."""
-
-
-class Memory:
-    """One process: mapped pages, which of them are present, and what the app is owed at each."""
-
-    def __init__(self) -> None:
-        self.mapped: set[int] = set()
-        self.present: dict[int, int] = {}
-        self.owed: dict[int, int] = {}
-        self.events: deque[Message] = deque()
-        self.changing = False
-        self.dead = False
-        self.boundaries: set[int] = set()
-        self.meanwhile: Callable[[], None] | None = None
-        """What another thread does while a copy waits for the lock of the mapping."""
-
-    def fork(self) -> Memory:
-        child = Memory()
-        child.mapped, child.present, child.owed = set(self.mapped), dict(self.present), dict(self.owed)
-        child.boundaries = set(self.boundaries)
-        return child
-
-
-class Kernel:
-    """userfaultfd calls as relume.linux.userfaultfd has them, over :class:`Memory`; sources are page numbers."""
-
-    def __init__(self) -> None:
-        self.memories: dict[int, Memory] = {}
-
-    def read(self, descriptor: int, limit: int = 64) -> list[Message]:
-        memory = self.memories[descriptor]
-        found = list(memory.events)
-        memory.events.clear()
-        memory.changing = False
-        return found
-
-    def copy(self, descriptor: int, destination: int, source: int, length: int) -> tuple[int, int]:
-        return self._give(descriptor, destination, length, source // PAGE)
-
-    def zero(self, descriptor: int, start: int, length: int) -> tuple[int, int]:
-        return self._give(descriptor, start, length, None)
-
-    def wake(self, descriptor: int, start: int, length: int) -> None:
-        pass
-
-    def alive(self, descriptor: int) -> bool:
-        return not self.memories[descriptor].dead
-
-    def condition(self, descriptor: int) -> Condition:
-        memory = self.memories[descriptor]
-        if memory.dead:
-            return Condition.GONE
-        return Condition.CHANGING if memory.changing else Condition.QUIET
-
-    def _give(self, descriptor: int, start: int, length: int, source: int | None) -> tuple[int, int]:
-        memory = self.memories[descriptor]
-        pages = range(start // PAGE, (start + length) // PAGE)
-        if memory.dead:
-            return 0, errno.ESRCH
-        if memory.changing:
-            return 0, errno.EAGAIN
-        if memory.meanwhile:
-            meanwhile, memory.meanwhile = memory.meanwhile, None
-            meanwhile()
-        crossed = memory.boundaries & set(pages[1:])
-        if crossed or not memory.mapped.issuperset(pages):
-            return 0, errno.ENOENT
-        if memory.changing:
-            return 0, errno.EAGAIN
-        for count, page in enumerate(pages):
-            if page in memory.present:
-                return (count * PAGE, 0) if count else (0, errno.EEXIST)
-            memory.present[page] = ZERO if source is None else source + count
-        return length, 0
-
-
-class Source:
-    """Every byte of the pages file lies at the address that is its offset."""
-
-    def ready(self, offset: int, length: int) -> bool:
-        return True
-
-    def prefetch(self, offset: int, length: int) -> None:
-        pass
-
-    def load(self, offset: int, length: int) -> int:
-        return offset
-
-    def close(self) -> None:
-        pass
-
-
-@contextmanager
-def kernel() -> Iterator[Kernel]:
-    """The miniature in the place of the real calls."""
-    made = Kernel()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "userfaultfd", made)
-        yield made
-
-
-def restored(made: Kernel, pages: range = range(PAGES)) -> AddressSpace:
-    """A process whose memory is ``pages``, nothing of it present."""
-    memory = made.memories[3] = Memory()
-    memory.mapped = {BASE + page for page in range(PAGES)}
-    memory.owed = {BASE + page: page if page in pages else ZERO for page in range(PAGES)}
-    ranges = [Range((BASE + page) * PAGE, (BASE + page + 1) * PAGE, page * PAGE) for page in pages]
-    return AddressSpace(
-        name="1",
-        descriptor=3,
-        pages_id=1,
-        pending=RangeMap(ranges),
-        layout=RangeMap(Range(page * PAGE, (page + 1) * PAGE, (BASE + page) * PAGE) for page in pages),
-        source=Source(),
-    )
-
 
 page_numbers = st.integers(0, PAGES - 1)
 counts = st.integers(1, 12)
@@ -355,6 +234,30 @@ def test_faults_going_upwards_bring_more_each_time() -> None:
         assert brought == [16, 24]
 
 
+def test_what_is_not_at_hand_is_not_waited_for() -> None:
+    with kernel() as made:
+        space, memory = restored(made), made.memories[3]
+        space.source = source = Partly(set(range(PAGES)) - {2})
+        for page, outcome, brought in [(2, Served.SLOW, 0), (1, Served.DONE, 1), (3, Served.DONE, 33)]:
+            assert space.serve((BASE + page) * PAGE, wait=False) is outcome
+            assert len(memory.present) == brought
+        assert [pages for _, pages in source.loaded] == [range(1, 2), range(3, 35)]
+        assert space.serve((BASE + 2) * PAGE) is Served.DONE
+        assert memory.present[BASE + 2] == 2
+
+
+def test_a_copy_that_failed_makes_no_faults_expected() -> None:
+    with kernel() as made:
+        space, memory = restored(made), made.memories[3]
+        for page in (0, 16):
+            memory.changing = True
+            for _ in range(3):
+                assert space.serve((BASE + page) * PAGE) is Served.LATER
+            memory.changing = False
+            assert space.serve((BASE + page) * PAGE) is Served.DONE
+        assert [stream.window for stream in space._streams] == [64 * PAGE]
+
+
 def test_a_copy_across_mappings_is_split() -> None:
     with kernel() as made:
         space = restored(made)
@@ -362,31 +265,6 @@ def test_a_copy_across_mappings_is_split() -> None:
         outcome, copied = space.bring([Range(BASE * PAGE, (BASE + PAGES) * PAGE, 0)])
         assert (outcome, copied) == (Served.DONE, PAGES * PAGE)
         assert space.complete
-
-
-class Refused:
-    """A copy by another thread: claimed, under way until :meth:`end`, and then refused (EAGAIN)."""
-
-    def __init__(self, made: Kernel, space: AddressSpace, wanted: Range) -> None:
-        self._claimed, self._over = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=lambda: space.bring([wanted]))
-        self._made = made
-        made.copy = self._copy  # type: ignore[method-assign]
-
-    def begin(self) -> None:
-        self._thread.start()
-        assert self._claimed.wait(10)
-
-    def end(self) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _copy(self, descriptor: int, destination: int, source: int, length: int) -> tuple[int, int]:
-        if threading.current_thread() is self._thread:
-            self._claimed.set()
-            assert self._over.wait(10)
-            return 0, errno.EAGAIN
-        return Kernel.copy(self._made, descriptor, destination, source, length)
 
 
 def test_a_page_that_another_thread_has_claimed_is_not_given_yet() -> None:
@@ -406,6 +284,72 @@ def test_a_page_that_another_thread_has_claimed_is_not_given_yet() -> None:
         replay.end()
         assert space.serve(page * PAGE) is Served.DONE
         assert made.memories[3].present[page] == 5
+
+
+@pytest.mark.parametrize("event", [Remove, Unmap, Remap])
+def test_a_page_that_is_given_up_while_its_contents_are_waited_for_is_not_forgotten(event: type) -> None:
+    """Nobody gave it, and the kernel wakes nobody: whoever waits for it would wait for ever."""
+    with kernel() as made:
+        space, memory, page, above = restored(made), made.memories[3], BASE + 5, BASE + PAGES
+        woken: list[int] = []
+        made.wake = lambda _, start, length: woken.append(start // PAGE)  # type: ignore[method-assign]
+
+        def load(offset: int, length: int) -> int:
+            space.source.load = Source().load  # type: ignore[method-assign]
+            arguments = (
+                (page * PAGE, above * PAGE, PAGE) if event is Remap else (page * PAGE, (page + 1) * PAGE)
+            )
+            memory.events.append(event(*arguments))
+            if event is not Remove:
+                memory.mapped.discard(page)
+            space.read()
+            return offset
+
+        space.source.load = load  # type: ignore[method-assign]
+        assert space.serve(page * PAGE) is Served.LATER
+        assert space.serve(page * PAGE) is Served.DONE
+        assert memory.present.get(page) == ZERO if event is Remove else page in woken
+
+
+def test_a_copy_that_is_refused_while_one_looks_is_not_the_end() -> None:
+    """What is to come is claimed at one look, and put back before the next: nothing of it may be let go."""
+    with kernel() as made:
+        space = restored(made)
+        replay = Refused(made, space, Range(BASE * PAGE, (BASE + PAGES) * PAGE, 0))
+
+        class Looked(RangeMap):
+            @property
+            def total(self) -> int:
+                found = self._total
+                if replay.begun and threading.current_thread() is threading.main_thread():
+                    replay.end(0.2)
+                return found
+
+            @total.setter
+            def total(self, value: int) -> None:
+                self._total = value
+
+        space.pending = Looked(space.pending)
+        replay.begin()
+        assert not space.complete
+        replay.end()
+        assert space.pending.total == PAGES * PAGE
+
+
+def test_a_fault_that_a_thread_gives_back_is_seen_in_one_of_both_places() -> None:
+    with kernel() as made:
+        space = restored(made, range(0))
+
+        class Waiting(set[int]):
+            def __bool__(self) -> bool:
+                found = len(self) > 0
+                self.add(BASE * PAGE)  # by another thread, after the look
+                space.asked.clear()
+                return found
+
+        space.asked = {BASE * PAGE}
+        space.waiting = Waiting()
+        assert not space.complete
 
 
 def test_what_is_doubtful_stays_so_while_another_thread_copies_it() -> None:
@@ -469,6 +413,62 @@ def test_what_was_moved_and_then_unmapped_does_not_come_back() -> None:
         assert memory.present[above] == ZERO
 
 
+@pytest.mark.parametrize("seen_by", ["copy", "zeros", "probe"])
+def test_what_was_moved_and_much_later_unmapped_does_not_come_back(seen_by: str) -> None:
+    """As above, but as the kernel does it: something is changing whenever a message is read."""
+    with kernel() as made:
+        space, memory = restored(made), made.memories[3]
+        above = BASE + PAGES
+        memory.mapped = {BASE, BASE + PAGES // 2, *range(above, above + PAGES - 1)}
+        memory.events.append(Remap((BASE + 1) * PAGE, above * PAGE, (PAGES - 1) * PAGE))
+        memory.changing = True
+        space.read()
+        if seen_by == "copy":
+            assert space.bring([Range(BASE * PAGE, (BASE + 1) * PAGE, 0)]) == (Served.DONE, PAGE)
+        elif seen_by == "zeros":
+            assert space.serve((BASE + PAGES // 2) * PAGE) is Served.DONE
+        else:
+            space.probe()
+        memory.events.append(Unmap(above * PAGE, (above + PAGES - 1) * PAGE))
+        memory.changing = True
+        space.read()
+        space.settle()
+        assert not space.pending.overlap(above * PAGE, (above + PAGES) * PAGE)
+        assert space.serve(above * PAGE) is Served.DONE
+        assert memory.present[above] == ZERO
+
+
+def test_of_moves_no_more_is_kept_than_there_is_to_come() -> None:
+    with kernel() as made:
+        space, memory = restored(made, range(4)), made.memories[3]
+        place = BASE
+        for _ in range(100):
+            memory.events.append(Remap(place * PAGE, (place + 100) * PAGE, 4 * PAGE))
+            memory.events.append(Remap((place + 50) * PAGE, (place + 150) * PAGE, 4 * PAGE))
+            memory.changing = True
+            space.read()
+            place += 100
+        assert space.pending.total == 4 * PAGE
+        assert space._moved.total <= 4 * PAGE
+
+
+@pytest.mark.parametrize("unmapped", [False, True])
+def test_what_is_doubtful_is_asked_about_whether_or_not_it_is_at_hand(unmapped: bool) -> None:
+    """A disk that is waited for keeps others waiting, and leaves time for something else to come to lie there."""
+    with kernel() as made:
+        space, memory = restored(made), made.memories[3]
+        space.source = source = Partly(set())
+        half = set(range(BASE, BASE + PAGES // 2))
+        memory.mapped -= half if unmapped else set()
+        memory.boundaries = {BASE + 3, BASE + 5}
+        space.doubtful = list(space.pending)
+        space.settle()
+        assert not space.doubtful
+        assert not source.loaded
+        assert not memory.present
+        assert space.pending.total == (PAGES // 2 if unmapped else PAGES) * PAGE
+
+
 @pytest.mark.parametrize("unmapped", [False, True])
 def test_moved_and_unmapped_in_one_breath(unmapped: bool) -> None:
     """Which of the two came first cannot be told by the messages; it is by asking, as soon as they were read."""
@@ -484,8 +484,10 @@ def test_moved_and_unmapped_in_one_breath(unmapped: bool) -> None:
         space.read()
         space.settle()
         assert not space.doubtful
-        assert space.complete
+        assert space.complete == unmapped
+        space.bring(list(space.pending))
         assert memory.present == ({} if unmapped else {above + page: page for page in range(PAGES)})
+        assert space.complete
 
 
 def test_before_criu_is_done_a_missing_registration_is_not_an_end() -> None:
@@ -540,6 +542,32 @@ def test_memory_that_stays_short_is_an_end(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(module, "_MEMORY_PATIENCE_SECONDS", 0.0)
         with pytest.raises(PagerError, match="Cannot allocate memory"):
             space.serve(BASE * PAGE)
+
+
+@pytest.mark.parametrize("between", ["a page", "a page that was there", "zeros", "nobody asked"])
+def test_memory_that_is_short_now_and_then_is_none(monkeypatch: pytest.MonkeyPatch, between: str) -> None:
+    with kernel() as made:
+        space, memory, copy, zero = restored(made, range(8)), made.memories[3], made.copy, made.zero
+        now = 1000.0
+        monkeypatch.setattr(module.time, "monotonic", lambda: now)
+
+        def short(*_: int) -> tuple[int, int]:
+            return 0, errno.ENOMEM
+
+        pause = 60.0 if between == "nobody asked" else 0.9
+        for page in range(8):
+            made.copy = made.zero = short  # type: ignore[method-assign]
+            assert space.serve((BASE + page) * PAGE) is Served.LATER
+            made.copy, made.zero = copy, zero  # type: ignore[method-assign]
+            if between == "zeros":
+                assert space.serve((BASE + 20 + page) * PAGE) is Served.DONE
+                memory.present.clear()
+            elif between != "nobody asked":
+                if between == "a page that was there":
+                    memory.present[BASE + page] = page
+                space.bring([Range((BASE + page) * PAGE, (BASE + page + 1) * PAGE, page * PAGE)])
+                space.pending.take(0, (BASE + page + 1) * PAGE)
+            now += pause
 
 
 def test_an_unreadable_source_is_an_end() -> None:
