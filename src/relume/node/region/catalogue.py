@@ -127,6 +127,7 @@ class Catalogue:
         except NotFound:
             return False
         self._view.region.remove(name)
+        self._view.removed.add(name.id)
         self._shelf.unlink(checkpoint_id)
         return True
 

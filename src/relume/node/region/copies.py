@@ -284,3 +284,5 @@ class Copies:
             return
         folder.mark(directory, CheckpointName.from_id(directory.name))
         self._shelf.link(checkpoint.checkpoint_id, directory)
+        if directory.name in self._view.removed:  # while the rest of it came
+            self._shelf.unlink(checkpoint.checkpoint_id)

@@ -35,6 +35,8 @@ class View:
         self.starts = self.region.with_patience(Patience(bound_s=start_wait_s, request_s=start_wait_s))
         self.refused: dict[str, str] = {}
         """Why not, by a checkpoint's id in the store."""
+        self.removed: set[str] = set()
+        """The ids in the store of checkpoints that this node took out of the region."""
         self.foreign: dict[str, str] = {}
         """Builds whose manifest this node must not use, and why."""
         self._manifests: dict[CheckpointName, Manifest] = {}
