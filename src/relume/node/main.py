@@ -17,7 +17,7 @@ from relume.config import NodeConfig
 from relume.node.agent import Node
 from relume.node.api import application
 
-_THREADS = 64
+_THREADS = 32
 
 
 def run(config: NodeConfig, state: Path) -> None:
