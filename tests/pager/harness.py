@@ -169,14 +169,17 @@ class Checkpoint:
         return subprocess.run(command, capture_output=True, timeout=120, preexec_fn=_enter(within))
 
     def kill(self) -> None:
-        """Ends what is alive of the tree, children forked since included."""
-        while alive := [pid for root in self.pids for pid in (root, *_descendants(root)) if running(pid)]:
+        """Ends what is alive of the tree, children forked since included, those without a parent too."""
+        while alive := [pid for pid in self._family() if running(pid)]:
             for pid in alive:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.005)
             _reap(self.pids)
         wait_until(lambda: not any(map(self._taken, self.pids)), 10, "the pids are free")
+
+    def _family(self) -> set[int]:
+        return {pid for root in self.pids for pid in (root, *_descendants(root))} | _members(self.pids)
 
     def _taken(self, pid: int) -> bool:
         _reap(self.pids)
@@ -256,6 +259,16 @@ def _descendants(pid: int) -> list[int]:
         with contextlib.suppress(OSError):
             for child in task.read_text().split():
                 found += [int(child), *_descendants(int(child))]
+    return found
+
+
+def _members(groups: list[int]) -> set[int]:
+    """The processes of these process groups."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[2]) in groups:
+                found.add(int(stat.parent.name))
     return found
 
 
