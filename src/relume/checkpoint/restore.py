@@ -84,10 +84,8 @@ class Restoration:
 
     def lay_files(self, upper: Path) -> None:
         """Put the held files into ``upper``, before the overlay is mounted on it."""
-        if self.lower_layer is None:
-            held.lay(self._stored / "held", upper, id_base=self.id_base)
-        else:
-            held.lay_root(self.lower_layer, upper, id_base=self.id_base)
+        root_only = self.lower_layer is not None
+        held.lay(self._stored / "held", upper, id_base=self.id_base, root_only=root_only)
 
     def pager_job(
         self, *, work: Path, cgroup: str, fill: str, root: Path, learn: bool = True

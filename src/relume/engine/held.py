@@ -160,12 +160,13 @@ def expected_bytes(pids: Sequence[int], *, rootfs: Path, upper: Path) -> int:
     return sum(files.values())
 
 
-def lay(src: Path, upper: Path, *, id_base: int) -> None:
+def lay(src: Path, upper: Path, *, id_base: int, root_only: bool = False) -> None:
     """Put the tree ``src`` (a ``dest`` of :func:`capture`) into ``upper``, owners shifted by ``id_base``.
 
     ``upper`` must be an empty directory and no overlay mounted on it yet. It becomes the container's ``/``
     with owner, mode and times from ``src``. Any overlay options and any lower layers will do afterwards,
     because nothing in the tree says which inodes it was once copied up from (see _held_tree.py).
+    ``root_only`` is for a copy that has the rest as a lower layer.
 
     Raises Untrusted for an owner outside the container's range.
     """
@@ -173,20 +174,8 @@ def lay(src: Path, upper: Path, *, id_base: int) -> None:
     copier = Copier(source, upper, _from_inside(src, id_base))
     try:
         copier.directory("")
-        for path, status in source.walk():
+        for path, status in () if root_only else source.walk():
             copier.entry(path, status)
-        copier.finish()
-    finally:
-        copier.close()
-        source.close()
-
-
-def lay_root(src: Path, upper: Path, *, id_base: int) -> None:
-    """Give ``upper`` the owner, mode and times of ``src`` alone: for a copy that has the rest as a lower layer."""
-    source = Tree(src)
-    copier = Copier(source, upper, _from_inside(src, id_base))
-    try:
-        copier.directory("")
         copier.finish()
     finally:
         copier.close()

@@ -159,26 +159,25 @@ def test_figures_of_a_dump(tmp_path: Path) -> None:
         edit.read_stats(tmp_path)
 
 
-def test_a_zombie_has_no_memory(tmp_path: Path) -> None:
+def zombie(directory: Path, name: str) -> None:
+    """The images of process 5, which has ended."""
     write_image(
-        tmp_path / "pstree.img", [pstree_pb2.pstree_entry(pid=5, ppid=1, pgid=1, sid=1)], kind="PSTREE"
+        directory / "pstree.img", [pstree_pb2.pstree_entry(pid=5, ppid=1, pgid=1, sid=1)], kind="PSTREE"
     )
     core = core_pb2.core_entry(mtype=core_pb2.core_entry.X86_64)
     core.tc.task_state, core.tc.exit_code, core.tc.personality, core.tc.flags = 6, 0, 0, 0
-    core.tc.blk_sigset, core.tc.comm = 0, "gone"
-    write_image(tmp_path / "core-5.img", [core], kind="CORE")
+    core.tc.blk_sigset, core.tc.comm = 0, name
+    write_image(directory / "core-5.img", [core], kind="CORE")
+
+
+def test_a_zombie_has_no_memory(tmp_path: Path) -> None:
+    zombie(tmp_path, "gone")
     assert edit.processes(tmp_path) == [edit.Process(5, 1, "gone", 0, 0)]
 
 
 def test_a_name_that_is_no_utf_8(tmp_path: Path) -> None:
     """The kernel cuts a name after 15 bytes, in the middle of a letter too."""
-    write_image(
-        tmp_path / "pstree.img", [pstree_pb2.pstree_entry(pid=5, ppid=1, pgid=1, sid=1)], kind="PSTREE"
-    )
-    core = core_pb2.core_entry(mtype=core_pb2.core_entry.X86_64)
-    core.tc.task_state, core.tc.exit_code, core.tc.personality, core.tc.flags = 6, 0, 0, 0
-    core.tc.blk_sigset, core.tc.comm = 0, "@@"
-    write_image(tmp_path / "core-5.img", [core], kind="CORE")
+    zombie(tmp_path, "@@")
     image = tmp_path / "core-5.img"
     image.write_bytes(image.read_bytes().replace(b"@@", b"a\xd0"))
     (process,) = edit.processes(tmp_path)
