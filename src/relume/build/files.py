@@ -256,9 +256,8 @@ def _regex(pattern: str) -> str:
         elif token == "?":
             parts.append("[^/]")
         elif token[0] == "[" and len(token) > 2 and token not in ("[!]", "[^]"):
-            inner = re.sub(
-                r"([\\\[&~|])", r"\\\1", token[1:-1]
-            )  # nothing but a range means more in a glob's set
+            # Nothing but a range means more in a glob's set.
+            inner = re.sub(r"([\\\[&~|])", r"\\\1", token[1:-1])
             inner = "^" + inner[1:] if inner[0] in "!^" else inner
             parts.append(f"[{inner}]")
         else:

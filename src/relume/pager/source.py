@@ -21,7 +21,9 @@ from relume.linux import syscall
 
 _MADV_POPULATE_READ = 22
 _MAP_NORESERVE = 0x4000
-_MEMORY_PATIENCE_SECONDS = 5.0
+MEMORY_PATIENCE_SECONDS = 5.0
+"""How long memory may be short, for the contents or for the app's own pages, before that is the end."""
+
 _MEMORY_RETRY_SECONDS = 0.01
 
 
@@ -165,7 +167,7 @@ class FileSource:
             if error.errno == errno.ENOMEM:
                 # No room for the page cache, or for page tables: the file is not to blame.
                 now = time.monotonic()
-                patience = patience or now + _MEMORY_PATIENCE_SECONDS
+                patience = patience or now + MEMORY_PATIENCE_SECONDS
                 if now < patience:
                     time.sleep(_MEMORY_RETRY_SECONDS)
                     continue

@@ -23,7 +23,7 @@ from relume.linux import userfaultfd
 from relume.linux.userfaultfd import Condition, Fault, Fork, Remap, Remove, Unmap
 from relume.pager.gate import Gate
 from relume.pager.ranges import Range, RangeMap
-from relume.pager.source import PageSource
+from relume.pager.source import MEMORY_PATIENCE_SECONDS, PageSource
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,8 @@ MAXIMUM_WINDOW = 256 * PAGE_SIZE
 _STREAMS = 16
 """Places of sequential access remembered per process."""
 
-_MEMORY_PATIENCE_SECONDS = 5.0
 _MEMORY_PAUSE_SECONDS = 1.0
-"""How long memory may be short before that is the end; and after what time without an attempt nobody has waited."""
+"""After what time without an attempt nobody has waited for memory."""
 
 _SHORT = (errno.ENOMEM, errno.ENOSPC)
 
@@ -489,7 +488,7 @@ class AddressSpace:
             if not self._short_since or now - self._short_at > _MEMORY_PAUSE_SECONDS:
                 self._short_since = now
             self._short_at = now
-            if now - self._short_since < _MEMORY_PATIENCE_SECONDS:
+            if now - self._short_since < MEMORY_PATIENCE_SECONDS:
                 return Served.LATER
         raise PagerError(
             f"process {self.name}: the page at {address:#x} could not be given ({os.strerror(error)})",

@@ -88,7 +88,7 @@ def test_memory_that_is_short_for_a_moment_is_waited_for(
 def test_memory_that_stays_short_is_not_the_disks_fault(pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, short = FileSource(pages), Short(1 << 30)
     monkeypatch.setattr(syscall, "libc", lambda: short)
-    monkeypatch.setattr(module, "_MEMORY_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(module, "MEMORY_PATIENCE_SECONDS", 0.05)
     with pytest.raises(PagerError, match="no memory"):
         source.load(PAGE, PAGE)
     source.close()

@@ -539,7 +539,7 @@ def test_memory_that_stays_short_is_an_end(monkeypatch: pytest.MonkeyPatch) -> N
     with kernel() as made:
         space = restored(made)
         made.copy = lambda *_: (0, errno.ENOMEM)  # type: ignore[method-assign]
-        monkeypatch.setattr(module, "_MEMORY_PATIENCE_SECONDS", 0.0)
+        monkeypatch.setattr(module, "MEMORY_PATIENCE_SECONDS", 0.0)
         with pytest.raises(PagerError, match="Cannot allocate memory"):
             space.serve(BASE * PAGE)
 
