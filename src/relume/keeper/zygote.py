@@ -115,7 +115,7 @@ def serve(control: socket.socket, become_keeper: Callable[[Container], NoReturn]
     process.set_name("relume-zygote")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a keeper ended: its exit file says it
     gc.freeze()  # a collection in a child must not copy every page that it only looks at
-    while packet := control.recv(_PACKET):
+    while packet := _packet(control):
         try:
             pid = os.fork()
             answer: dict[str, object] = {"pid": pid}
@@ -126,8 +126,16 @@ def serve(control: socket.socket, become_keeper: Callable[[Container], NoReturn]
             _child(Container(**json.loads(packet)), become_keeper)
         try:
             control.send(json.dumps(answer).encode())
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             return  # the node was killed while it asked
+
+
+def _packet(control: socket.socket) -> bytes:
+    """The next request; nothing when the node is gone."""
+    try:
+        return control.recv(_PACKET)
+    except ConnectionResetError:
+        return b""  # it was killed with an answer of ours unread
 
 
 def _child(container: Container, become_keeper: Callable[[Container], NoReturn]) -> NoReturn:

@@ -499,7 +499,10 @@ class Pager:
 
     def _command(self) -> None:
         assert self._control is not None
-        received = self._control.recv(65536)
+        try:
+            received = self._control.recv(65536)
+        except ConnectionResetError:  # the keeper was killed with an event of ours unread
+            received = b""
         if not received:
             # Either the instance is dead, and whoever ends it waits for us, or only the keeper is gone, and the
             # memory is needed all the same.

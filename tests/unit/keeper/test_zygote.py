@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import json
 import os
+import select
 import signal
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,7 +17,7 @@ import pytest
 
 from relume.engine.jobs import Container
 from relume.keeper.client import Keeper
-from relume.keeper.zygote import Zygote
+from relume.keeper.zygote import Zygote, serve
 from relume.linux import process
 
 
@@ -87,6 +91,29 @@ async def test_many_at_once(zygote: Zygote, tmp_path: Path) -> None:
         keeper, facts = await told(box)
         assert facts["instance_id"] == box.instance_id
         await end(pid, keeper)
+
+
+@pytest.mark.parametrize("asked", [0, 1, 2])
+def test_a_node_killed_while_it_asks_is_no_fault(asked: int) -> None:
+    """The kernel resets the connection where an answer was unread: neither that nor a closed one is an error."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            ours.close()
+            serve(theirs, lambda container: os._exit(0))
+            os._exit(0)
+        os._exit(1)
+    theirs.close()
+    request = json.dumps(
+        dataclasses.asdict(Container("i-x", "/none", "", "", "", "", outgoing=False))
+    ).encode()
+    for _ in range(asked):
+        ours.send(request)
+    for _ in range(asked):
+        select.select([ours], [], [], 10)  # answered, and not read
+    ours.close()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 async def test_it_ends_with_the_node(tmp_path: Path) -> None:

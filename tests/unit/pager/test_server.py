@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from pager.miniature import BASE, PAGE, PAGES, Partly, kernel, restored
 from relume.images.pagemap import Pagemap
@@ -105,6 +108,21 @@ def test_an_answer_is_learned_from(tmp_path: Path) -> None:
     assert (found.turn, len(found.history)) == (known.turn + 1, 2)
     assert Piece(1, 20 * PAGE, PAGE) in found.pieces
     assert [event["event"] for event in events] == ["answered", "recorded"]
+
+
+@pytest.mark.parametrize("unread", [False, True])
+def test_the_memory_is_served_without_a_keeper(tmp_path: Path, unread: bool) -> None:
+    """Killed with an event of ours unread, its end is a reset connection: still no fault of ours."""
+    served, _ = pager(tmp_path)
+    keepers, ours = socket.socketpair()
+    served._control = ours
+    served._watch(ours, served._command)
+    if unread:
+        ours.send(b"{}\n")
+    keepers.close()
+    served._command()
+    assert served._control is None
+    ours.close()
 
 
 def test_of_processes_that_ended_only_sums_are_kept(tmp_path: Path) -> None:
