@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,10 @@ def _move_to_another_generation(_: Region, objects: Path) -> None:
     generation.rename(generation.with_name("77"))
 
 
+def _flip_working_set(part: str, _: Region, objects: Path) -> None:
+    _flip_all(objects, f"working-set/*/*/*/*/{part}")
+
+
 def _grow(_: Region, objects: Path) -> None:
     (index,) = objects.glob("checkpoint/*/*/*/index")
     with index.open("r+b") as file:
@@ -183,34 +188,46 @@ REFUSED: dict[str, tuple[Callable[[Region, Path], None], str]] = {
 }
 
 
-@pytest.mark.timeout(900)  # ten starts of a node
-def test_one_bit_of_each_kind(region: Region) -> None:
-    """Refused before the first instruction, with the reason, and booted cold. A working set is only of no use then."""
+def _damaged(node: Relume, region: Region, damage: Callable[[Region, Path], None]) -> Any:
+    """A start of a node that has nothing here, from the store with this damage."""
     objects = region.objects("bad")
+    node.stop(region.app.name)
+    node.kill_node(signal.SIGTERM)
+    shutil.rmtree(objects, ignore_errors=True)
+    shutil.rmtree(node.state / "region" / "cache")
+    shutil.copytree(region.objects(), objects)
+    damage(region, objects)
+    node.start_node()
+    return node.start(region.app.name, "-e", "QUIET=1")
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("manifest", "memory"),
+        pytest.param(tuple(REFUSED), marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+    ],
+    ids=["two", "all"],
+)
+def test_one_bit_of_each_kind(region: Region, kinds: tuple[str, ...]) -> None:
+    """Refused before the first instruction, with the reason, and booted cold."""
     with region.node("flipped", prefix="bad") as node:
-
-        def start(damage: Callable[[Region, Path], None]) -> Any:
-            """A start of a node that has nothing here, from the store with this damage."""
-            node.stop(region.app.name)
-            node.kill_node(signal.SIGTERM)
-            shutil.rmtree(objects, ignore_errors=True)
-            shutil.rmtree(node.state / "region" / "cache")
-            shutil.copytree(region.objects(), objects)
-            damage(region, objects)
-            node.start_node()
-            return node.start(region.app.name, "-e", "QUIET=1")
-
-        for part in ("list", "0"):
-            started = start(lambda _, objects, part=part: _flip_all(objects, f"working-set/*/*/*/*/{part}"))
-            assert started["restored"], started
-            assert get(started, "/sum") == region.answer
-        for kind, (damage, reason) in REFUSED.items():
-            started = start(damage)
+        for kind in kinds:
+            damage, reason = REFUSED[kind]
+            started = _damaged(node, region, damage)
             assert not started["restored"], kind
             assert reason in started["reason"], started
             assert get(started, "/sum")["sum"] == region.answer["sum"]
             rows = [row for row in node.json("checkpoints", "ls") if "remote" in row["where"]]
             assert [row["state"].partition(":")[0] for row in rows] in (["quarantined"], ["refused"]), rows
+
+
+def test_a_damaged_working_set_costs_time_only(region: Region) -> None:
+    with region.node("aimless", prefix="bad") as node:
+        for part in ("list", "0"):
+            started = _damaged(node, region, partial(_flip_working_set, part))
+            assert started["restored"], started
+            assert get(started, "/sum") == region.answer
 
 
 def test_bytes_that_turn_out_wrong_while_it_runs(region: Region) -> None:
