@@ -11,6 +11,7 @@ The inner address is on ``lo`` too, so that a restore need not wait for pasta be
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -69,7 +70,7 @@ class Network:
                     stdout=errors,
                     stderr=errors,
                     pass_fds=namespaces,
-                    preexec_fn=process.die_with_parent,
+                    preexec_fn=functools.partial(process.die_with_parent, os.getpid()),
                 )
         finally:
             for descriptor in namespaces:

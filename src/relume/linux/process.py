@@ -93,9 +93,11 @@ def become_subreaper() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Get ``number`` when the thread that made us ends."""
+def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Get ``number`` when the thread that made us ends. End at once if ``parent``, its process, has ended already."""
     _prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # killed between its fork and our request: nothing would be sent any more
+        os._exit(1)
 
 
 def set_name(name: str) -> None:

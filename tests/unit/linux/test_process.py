@@ -99,9 +99,10 @@ process.set_name("a name of more than fifteen bytes")
 r, w = os.pipe()
 middle = os.fork()
 if middle == 0:
+    parent = os.getpid()
     inner = os.fork()
     if inner == 0:
-        process.die_with_parent(signal.SIGUSR1)
+        process.die_with_parent(parent, signal.SIGUSR1)
         os.write(w, b"x")
         time.sleep(60)
     os.read(r, 1)
@@ -117,6 +118,31 @@ print(open("/proc/self/comm").read().strip())
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True
     )
     assert done.stdout == "a name of more \n".replace(" \n", "\n")
+
+
+def test_a_child_whose_parent_was_faster_ends() -> None:
+    """Killed between its fork and the request to die with it: nobody would send a signal any more."""
+    code = """
+import os, time
+from relume.linux import process
+process.become_subreaper()
+r, w = os.pipe()
+middle = os.fork()
+if middle == 0:
+    parent = os.getpid()
+    inner = os.fork()
+    if inner == 0:
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        process.die_with_parent(parent)
+        time.sleep(60)
+    os.write(w, inner.to_bytes(4, "little"))
+    os._exit(0)
+os.waitpid(middle, 0)
+_, status = os.waitpid(int.from_bytes(os.read(r, 4), "little"), 0)
+assert os.waitstatus_to_exitcode(status) == 1, status
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=20, check=True)
 
 
 def test_a_failed_call_says_which_file() -> None:
