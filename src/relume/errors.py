@@ -10,7 +10,11 @@ room has to know which library it uses.
 
 from __future__ import annotations
 
+import errno
 from typing import Any, ClassVar
+
+SHORTAGES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE})
+"""What an OSError says when the machine lacks room, memory, processes or descriptors."""
 
 
 class RelumeError(Exception):

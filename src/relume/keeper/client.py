@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from relume.engine.jobs import Container, DumpJob, DumpResult, RestoreJob
-from relume.errors import EngineError
+from relume.errors import EngineError, HostError
 from relume.keeper import wire
 from relume.keeper.instance import Assignment
 
@@ -93,7 +93,7 @@ class Keeper:
             log.exception("%s of %s", event["event"], self.container.instance_id)
 
     async def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """One operation; raises EngineError with the keeper's words, or KeeperLost."""
+        """One operation; raises HostError where the machine lacks something, else EngineError, or KeeperLost."""
         if self._writer is None or self.lost.is_set():
             raise KeeperLost(f"the keeper of {self.container.instance_id} is gone")
         number = next(self._numbers)
@@ -103,7 +103,8 @@ class Keeper:
         reply = await future
         if "error" in reply:
             error = dict(reply["error"])
-            raise EngineError(error.pop("message"), hint=error.pop("hint", ""))
+            kind = HostError if error["code"] == HostError.code else EngineError
+            raise kind(error["message"], hint=error["hint"])
         result: dict[str, Any] = reply["ok"]
         return result
 
@@ -146,7 +147,7 @@ class Keeper:
 
     async def end(self) -> None:
         """End the container, or the coming of it, and the keeper. One that hangs is left to find out by itself."""
-        with contextlib.suppress(EngineError, TimeoutError):
+        with contextlib.suppress(EngineError, HostError, TimeoutError):
             async with asyncio.timeout(_END_PATIENCE):
                 await self.ask("end")
                 await self.lost.wait()

@@ -78,6 +78,8 @@ class Instance:
         self.exit_code: int | None = None
         self.dump: dict[str, Any] | None = None
         self.paging: dict[str, Any] | None = None
+        self.recorded = True
+        """Whether how it ended is on disk, if it has ended."""
         self.over = asyncio.Event()
 
     # --- what the node asks -----------------------------------------------------------------------
@@ -122,6 +124,7 @@ class Instance:
         self._assignment = dataclasses.replace(self._assignment, environment=environment, given=given)
         self._log.write(first_line.encode() + b"\n", RELUME)
         self.phase = "starting"
+        self._stopped = False
         self._engine.resume(stopped)
         self._let_probe()
 
@@ -202,6 +205,7 @@ class Instance:
         return {
             "instance_id": self._container.instance_id,
             "phase": self.phase,
+            "stopped": self._stopped,
             "pid": self._engine.pid,
             "port": self.published.port,
             "ready_at": self.ready_at,
@@ -289,12 +293,18 @@ class Instance:
                 self._engine.pager.first_answer()
             self._notify({"event": "first_answer", "at": time.monotonic()})
 
+    def record(self) -> None:
+        """Write down how it ended; after a full disk this may have to be done again."""
+        assert self._assignment is not None
+        self.recorded = _write_durably(
+            Path(self._assignment.exit_file), {"exit_code": self.exit_code, "at": time.time()}
+        )
+
     async def _watch_end(self) -> None:
         code = await self._engine.ended()
         self.exit_code = code
         self.phase = "exited"
-        assert self._assignment is not None
-        _write_durably(Path(self._assignment.exit_file), {"exit_code": code, "at": time.time()})
+        self.record()
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
@@ -343,7 +353,7 @@ def read_exit_code(path: Path) -> int | None:
         return None
 
 
-def _write_durably(path: Path, content: dict[str, Any]) -> None:
+def _write_durably(path: Path, content: dict[str, Any]) -> bool:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w") as file:
@@ -351,5 +361,8 @@ def _write_durably(path: Path, content: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
-    except OSError:
-        pass  # a full disk: the event still tells a living node
+    except OSError:  # a full disk
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        return False
+    return True

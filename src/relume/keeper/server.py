@@ -14,7 +14,7 @@ from typing import Any
 
 from relume.engine.jobs import Container, DumpJob, RestoreJob
 from relume.engine.paging import PagerProcess
-from relume.errors import BadRequest, RelumeError
+from relume.errors import SHORTAGES, BadRequest, EngineError, HostError, RelumeError
 from relume.keeper import wire
 from relume.keeper.instance import Assignment, Instance
 from relume.sidecar import Answer
@@ -51,15 +51,20 @@ class Server:
             if not self._path.exists():
                 await self._instance.end()
                 break
-            phase = self._instance.phase
-            useless = phase == "exited" or (self._writer is None and phase in _USELESS)
-            alone = alone + _LOOK_AROUND if useless else 0.0
+            if not self._instance.recorded:
+                self._instance.record()
+            unwanted = self._writer is None or self._instance.phase == "exited"
+            alone = alone + _LOOK_AROUND if unwanted and self._useless() else 0.0
             if alone >= _GRACE:
                 break
         server.close()
         if self._writer is not None:
             self._writer.close()
         await self._instance.close()
+
+    def _useless(self) -> bool:
+        """Whether there is no container to hold, nor the knowledge how it ended."""
+        return self._instance.phase in _USELESS and self._instance.recorded
 
     def _notify(self, event: dict[str, Any]) -> None:
         if self._writer is not None:
@@ -74,7 +79,7 @@ class Server:
         await asyncio.sleep(0)  # an operation that came last has begun by now, and may have changed the phase
         if self._writer is writer:
             self._writer = None
-            if self._instance.phase in _USELESS:
+            if self._useless():
                 self._over.set()
         writer.close()
 
@@ -83,6 +88,9 @@ class Server:
             reply: dict[str, Any] = {"ok": await self._operation(message)}
         except RelumeError as error:
             reply = {"error": error.as_dict()}
+        except OSError as error:
+            kind = HostError if error.errno in SHORTAGES else EngineError
+            reply = {"error": kind(str(error)).as_dict()}
         except Exception as error:
             reply = {"error": {"code": "keeper", "message": f"{type(error).__name__}: {error}", "hint": ""}}
         wire.send(writer, {"seq": message.get("seq"), **reply})

@@ -65,6 +65,7 @@ class Adoption:
         self._ending = ending
         self._requests = requests
         self._failures = failures
+        self._exit_codes: dict[str, int] = {}
 
     async def adopt(self, row: dict[str, Any], build: Build) -> bool:
         """Take over the instance of a row of the node's state; whether it still runs, or may."""
@@ -84,12 +85,19 @@ class Adoption:
             await instance.keeper.close()
             return False
         if not _adoptable(instance, told):
+            if told.get("exit_code") is not None:
+                self._exit_codes[instance.instance_id] = told["exit_code"]
             await instance.keeper.end()
             await instance.keeper.close()
             return False
         self._hold(instance)
         self._take_over(instance, told, early)
         return True
+
+    def exit_code(self, instance_id: str) -> int | None:
+        """How one ended that is not taken over: what its keeper tells, or else has written down."""
+        told = self._exit_codes.pop(instance_id, None)
+        return told if told is not None else read_exit_code(self._places.instance(instance_id).exit_file)
 
     def _instance(self, row: dict[str, Any], build: Build, keeper: Keeper) -> Instance:
         """As the earlier run of this node wrote it down."""
@@ -136,7 +144,9 @@ class Adoption:
         elif instance.state == "prepared":
             await self._ending.forget(instance)
         else:
-            instance.exit_code = read_exit_code(instance.places.exit_file)
+            instance.exit_code = told.get("exit_code") if told is not None else None
+            if instance.exit_code is None:
+                instance.exit_code = read_exit_code(instance.places.exit_file)
             ended = instance.exit_code is not None and instance.state == "ready"
             await self._ending.discard(instance, "exited" if ended else "failed")
 
@@ -147,6 +157,9 @@ class Adoption:
         if told["ready_at"] is not None:
             instance.state = "ready"
             instance.ready.set()
+        self._roster.save(
+            instance
+        )  # it may have become ready, or be prepared no more, since its row was written
         instance.asked.update(told["requests"])
         self._hearing.listen(instance)
         for event in early:  # between its first word and our listening
@@ -217,6 +230,6 @@ async def _first_words(keeper: Keeper) -> dict[str, Any]:
 
 
 def _adoptable(instance: Instance, told: dict[str, Any]) -> bool:
-    """Whether it runs and is whole. A prepared one is made anew."""
+    """Whether it runs and is whole. A prepared one, or one that is to be, is made anew."""
     half_made = instance.gpu is not None and instance.restored and not instance.gpu_given
-    return told["phase"] in ("starting", "ready") and not half_made
+    return told["phase"] in ("starting", "ready") and not half_made and not told.get("stopped", False)

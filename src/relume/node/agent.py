@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,6 @@ from relume.config import NodeConfig, load_app
 from relume.engine.network import pasta
 from relume.errors import BadRequest, NotFound, RelumeError, StoreError
 from relume.images import integrity
-from relume.keeper.instance import read_exit_code
 from relume.keeper.zygote import Zygote
 from relume.node import machine
 from relume.node.background import Background
@@ -132,8 +130,12 @@ class Node:
         await self._builder.clean()
         if self._region is not None:
             await self._region.open(self._deployed())
-        await self._adopt()
-        self._sweep()
+        over = await self._adopt()
+        self._sweep()  # before anything is written: on a full disk it makes room
+        for row in over:
+            instance_id = row["instance_id"]
+            self.lifecycle.roster.ended_before(row, self.lifecycle.adoption.exit_code(instance_id))
+        self.background.spawn(self.lifecycle.roster.write_later())
         self._spares.refill()
         self.background.spawn(asyncio.to_thread(machine.keep_in_memory, self._runc.binary, find_criu()))
         for app in {instance.build.app for instance in self.lifecycle.instances.values()}:
@@ -150,7 +152,9 @@ class Node:
                 found.append(self._build_of(app.name))
         return found
 
-    async def _adopt(self) -> None:
+    async def _adopt(self) -> list[dict[str, Any]]:
+        """Take over what runs; the rows of those that are over."""
+        over = []
         for row in self._state.instances():
             if row["ended_at"] is not None:
                 continue
@@ -161,17 +165,8 @@ class Node:
             if adopted:
                 log.info("adopted %s of %s", row["instance_id"], row["app"])
             else:
-                self._ended_without_us(row)
-
-    def _ended_without_us(self, row: dict[str, Any]) -> None:
-        """Its keeper has written down how it ended; one that is gone without that was killed."""
-        if row["state"] == "prepared":  # it never ran, so there is nothing to remember of it
-            self._state.forget_instance(row["instance_id"])
-            shutil.rmtree(self.places.instance(row["instance_id"]).kept, ignore_errors=True)
-            return
-        exit_code = read_exit_code(self.places.instance(row["instance_id"]).exit_file)
-        ended = exit_code is not None and row["state"] in ("ready", "stopping")
-        self._state.end_instance(row["instance_id"], "exited" if ended else "failed", exit_code)
+                over.append(row)
+        return over
 
     def _sweep(self) -> None:
         """Remove what belongs to no living instance, below this node's own directories only."""
@@ -366,7 +361,7 @@ class Node:
             await self.stop(name)
         left = None
         if self._region is not None:
-            left = await asyncio.to_thread(self._remove_from_region, self._region, name, known)
+            left = await self._remove_from_region(self._region, name, known)
         for checkpoint in self._shelf.all():
             if checkpoint.app == name:
                 await asyncio.to_thread(self._remove_here, checkpoint.checkpoint_id)
@@ -378,9 +373,9 @@ class Node:
         self._state.remove_app(name)
         return left
 
-    def _remove_from_region(self, region: NodeRegion, name: str, known: bool) -> str | None:
+    async def _remove_from_region(self, region: NodeRegion, name: str, known: bool) -> str | None:
         try:
-            removed = region.catalogue.remove_app(name)
+            removed = await asyncio.to_thread(region.catalogue.remove_app, name)
         except StoreError as error:
             if not known:
                 raise

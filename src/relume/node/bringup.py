@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from relume.build import Build
 from relume.checkpoint.restore import FIRST_LINE, Restoration, why_eager
 from relume.checkpoint.shelf import Checkpoint, Shelf
 from relume.engine import criulog
 from relume.engine.lazy_pages import DAEMON
-from relume.errors import EngineError, PagerError, StoreError, Untrusted
+from relume.errors import EngineError, HostError, PagerError, StoreError, Untrusted
+from relume.keeper.client import KeeperLost
 from relume.keeper.instance import Assignment
 from relume.node.gpus import Gpus
 from relume.node.ground import Ground
@@ -35,6 +36,8 @@ _RESTORE_PATIENCE = 60.0
 """Seconds for a copy to become ready; it was ready, or on its way, when it was saved."""
 
 _NEVER = 1e9
+
+T = TypeVar("T")
 
 
 class BringUp:
@@ -72,8 +75,9 @@ class BringUp:
         start.trace.mark("layer")
         await self._assign(instance, start)
         start.go()
-        await start.unless_called_off(instance.keeper.boot())
-        await start.unless_called_off(instance.until_ready(instance.settings.boot_timeout))
+        boot_timeout = instance.settings.boot_timeout
+        await start.unless_called_off(_within(boot_timeout, instance.keeper.boot(), "runc"))
+        await start.unless_called_off(instance.until_ready(boot_timeout))
 
     async def restore(
         self, instance: Instance, checkpoint: Checkpoint, start: Start, memory: str, copy: Copy | None = None
@@ -129,7 +133,7 @@ class BringUp:
             start.go()
             places = instance.places
             job = restoration.job(images=places.images, work=places.criu_work, pager=pager, stopped=True)
-            await start.unless_called_off(instance.keeper.restore(job))
+            await start.unless_called_off(_within(_RESTORE_PATIENCE, instance.keeper.restore(job), "CRIU"))
         except Exception as error:
             raise await self._reason(instance, restoration, error) from error
 
@@ -260,12 +264,14 @@ class BringUp:
             await asyncio.to_thread(restoration.verify, pages=True)
         except Exception as damage:
             return damage
-        if instance.paging_failed == CRIU_ENDED and (words := _criu_says(instance)):
-            return EngineError(words)
+        if instance.paging_failed == CRIU_ENDED and (said := _criu_says(instance)).reason:
+            return (HostError if said.kind == "disk" else EngineError)(said.reason, hint=said.hint)
         return PagerError(instance.paging_failed)
 
     async def _reason(self, instance: Instance, restoration: Restoration, error: Exception) -> Exception:
         """The error that says why a restore failed."""
+        if isinstance(error, KeeperLost):
+            return error  # what else is to be seen is what that led to
         if instance.memory == "paged":
             await self._hear_the_pager(instance)
         if instance.paging_failed and restoration.fetched is not None:
@@ -273,14 +279,29 @@ class BringUp:
             return kind(instance.paging_failed)
         if instance.paging_failed:
             return await self._paging_reason(instance, restoration)
-        if isinstance(error, EngineError) and (words := _criu_says(instance)):
-            return EngineError(words, hint=error.hint)
+        if isinstance(error, EngineError):
+            said = _criu_says(instance)
+            if said.kind == "disk":
+                return HostError(said.reason, hint=said.hint)
+            if said.reason:
+                return EngineError(said.reason, hint=error.hint)
         return error
 
 
-def _criu_says(instance: Instance) -> str:
-    """Why its restore failed, by CRIU's log; "" if that does not say."""
-    return criulog.explain(instance.places.criu_work / "restore.log").reason
+def _criu_says(instance: Instance) -> criulog.Explanation:
+    """Why its restore failed, by CRIU's log; a ``reason`` of "" if that does not say."""
+    return criulog.explain(instance.places.criu_work / "restore.log")
+
+
+async def _within(seconds: float, coming: Coroutine[Any, Any, T], who: str) -> T:
+    """Wait for ``coming``, which is ``who``'s work. Raises EngineError when that takes too long."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await coming
+    except TimeoutError:
+        raise EngineError(
+            f"{who} was not done after {seconds:g} s", hint="is it stopped, or does a disk hang?"
+        ) from None
 
 
 async def _first(coming: asyncio.Task[Any], readiness: Coroutine[Any, Any, None]) -> None:

@@ -7,7 +7,6 @@ background, at most twice for a build.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import time
 from collections.abc import Awaitable
@@ -17,6 +16,7 @@ from relume.build import Build
 from relume.checkpoint.capture import Capturer
 from relume.checkpoint.shelf import Checkpoint, Shelf
 from relume.errors import (
+    SHORTAGES,
     BuildError,
     GpuUnavailable,
     HostError,
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _REMAKES = 2
-
-_SHORTAGES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE})
 
 
 class Bring(Protocol):
@@ -180,7 +178,7 @@ def _blameless(error: Exception) -> bool:
     """Whether it was the machine that failed a restore, and says nothing about the checkpoint: a keeper that did not
     come up or was killed, a layer that is not there, a GPU that another has or whose helper died, no room."""
     if isinstance(error, OSError):
-        return error.errno in _SHORTAGES
+        return error.errno in SHORTAGES
     return isinstance(error, HostError | KeeperLost | BuildError | GpuUnavailable)
 
 

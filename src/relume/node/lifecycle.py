@@ -225,6 +225,7 @@ class Lifecycle:
         instance.environment = start.environment
         instance.state = "starting"
         instance.started_at = time.time()
+        self.roster.save(instance)  # from here on it is more than a prepared one, of which nothing is kept
         try:
             await self._bringup.resume(instance, checkpoint, start)
         except Exception as error:

@@ -8,12 +8,12 @@ import os
 import signal
 import socket
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from aiohttp import web
 
 from relume.config import NodeConfig
+from relume.node import threads
 from relume.node.agent import Node
 from relume.node.api import application
 
@@ -34,7 +34,7 @@ async def _serve(config: NodeConfig, state: Path) -> None:
     loop = asyncio.get_running_loop()
     # They mostly wait: for a disk, a mount, a store that is asked. asyncio's own number (6 with two processors) is one
     # for computing, and a start would stand behind the checkpoints that are being hashed.
-    loop.set_default_executor(ThreadPoolExecutor(_THREADS))
+    loop.set_default_executor(threads.pool(_THREADS, "node"))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     node = Node(config, state)

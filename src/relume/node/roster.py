@@ -1,16 +1,18 @@
 """Who lives on this node, and what is remembered of those who did.
 
-Guarantees: what cannot be written, because the disk is full, keeps nothing from its end; the next writing, or the
-next run of the node, mends it.
+Guarantees: what cannot be written, because the disk is full, keeps nothing from its end. It is written as soon as
+that is possible: an instance that serves and is in no row would be ended by the node's next run.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from relume.errors import HostError, NotFound
 from relume.node.instance import Instance
@@ -18,6 +20,9 @@ from relume.node.places import Places
 from relume.node.state import State
 
 log = logging.getLogger(__name__)
+
+_AGAIN = 5.0
+"""Seconds between two attempts to write what could not be written."""
 
 
 class Roster:
@@ -27,24 +32,64 @@ class Roster:
         self._places = places
         self._state = state
         self.instances: dict[str, Instance] = {}
+        self._unwritten: dict[str, Callable[[], None]] = {}
 
     def save(self, instance: Instance) -> None:
         """Write down how it is now."""
-        with _said(instance.instance_id):
-            self._state.save_instance(
-                instance.instance_id,
-                app=instance.build.app,
-                build_id=instance.build.build_id,
-                state=instance.state,
-                started_at=instance.started_at,
-                facts=instance.facts(),
-            )
+        self._write(instance.instance_id, lambda: self._save(instance))
 
     def remove(self, instance: Instance) -> None:
         """It has ended: its row and its log stay."""
         del self.instances[instance.instance_id]
-        with _said(instance.instance_id):
+        in_no_row = instance.instance_id in self._unwritten
+
+        def end() -> None:
+            if in_no_row:
+                self._save(instance)
             self._state.end_instance(instance.instance_id, instance.state, instance.exit_code)
+
+        self._write(instance.instance_id, end)
+
+    def _save(self, instance: Instance) -> None:
+        self._state.save_instance(
+            instance.instance_id,
+            app=instance.build.app,
+            build_id=instance.build.build_id,
+            state=instance.state,
+            started_at=instance.started_at,
+            facts=instance.facts(),
+        )
+
+    def _write(self, instance_id: str, writing: Callable[[], None]) -> None:
+        """At once, or else as soon as that is possible; only the last writing about an instance counts."""
+        try:
+            writing()
+        except HostError as error:
+            if instance_id not in self._unwritten:
+                log.error("%s: %s", instance_id, error.message)
+            self._unwritten[instance_id] = writing
+        else:
+            self._unwritten.pop(instance_id, None)
+
+    async def write_later(self) -> None:
+        """Write what could not be written before, for as long as the node runs."""
+        while True:
+            await asyncio.sleep(_AGAIN)
+            for instance_id, writing in list(self._unwritten.items()):
+                self._write(instance_id, writing)
+
+    def ended_before(self, row: dict[str, Any], exit_code: int | None) -> None:
+        """The instance of a row of the node's state ended while no node ran; ``exit_code`` if that is known.
+
+        One whose keeper is gone without it was killed.
+        """
+        instance_id = row["instance_id"]
+        if row["state"] == "prepared":  # it never ran, so there is nothing to remember of it
+            self.forget(instance_id)
+            return
+        ended = exit_code is not None and row["state"] in ("ready", "stopping")
+        state = "exited" if ended else "failed"
+        self._write(instance_id, lambda: self._state.end_instance(instance_id, state, exit_code))
 
     def find(self, target: str) -> list[Instance]:
         """The living instances that ``target`` (an instance id or an app) names. Raises NotFound."""
@@ -65,8 +110,7 @@ class Roster:
     def forget(self, instance_id: str) -> None:
         """Remove the row of an ended instance, and its log."""
         shutil.rmtree(self._places.instance(instance_id).kept, ignore_errors=True)
-        with _said(instance_id):
-            self._state.forget_instance(instance_id)
+        self._write(instance_id, lambda: self._state.forget_instance(instance_id))
 
     def prune(self, app: str, keep: int) -> None:
         """Forget ended instances of ``app`` but the newest ``keep``, with their logs."""

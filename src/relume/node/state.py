@@ -54,7 +54,7 @@ class State:
     """The open database, locked against a second node on the same state directory."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises Conflict when another node has it."""
+        """Raises Conflict when another node has it, HostError when it cannot be opened."""
         self._directory = directory
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = os.open(directory / "node.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -66,12 +66,22 @@ class State:
                 f"another node runs on {directory}",
                 hint="stop it, or give this one a state directory of its own with RELUME_STATE",
             ) from None
-        (directory / "node.db").touch(mode=0o600)
-        self._db = sqlite3.connect(directory / "node.db", isolation_level=None)
-        self._db.row_factory = sqlite3.Row
-        self._db.execute("pragma journal_mode = wal")
-        self._db.execute("pragma synchronous = normal")
-        self._db.executescript(_SCHEMA)
+        try:
+            (directory / "node.db").touch(mode=0o600)
+            self._db = sqlite3.connect(directory / "node.db", isolation_level=None)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("pragma journal_mode = wal")
+            self._db.execute("pragma synchronous = normal")
+            self._db.executescript(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            os.close(self._lock)
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> HostError:
+        return HostError(
+            f"the node's state cannot be read or written: {error}",
+            hint=f"is the disk of {self._directory} full?",
+        )
 
     def close(self) -> None:
         self._db.close()
@@ -82,10 +92,7 @@ class State:
         try:
             return self._db.execute(statement, values).fetchall()
         except sqlite3.Error as error:
-            raise HostError(
-                f"the node's state cannot be read or written: {error}",
-                hint=f"is the disk of {self._directory} full?",
-            ) from error
+            raise self._unusable(error) from error
 
     def node_id(self) -> str:
         """This node's id, made once for the state directory."""
@@ -115,6 +122,8 @@ class State:
         self._execute(
             "update apps set build_id = ?, directory = ? where name = ?", (build_id, directory, name)
         )
+        # In WAL mode with synchronous = normal only this syncs: a deploy that was answered survives a power failure.
+        self._execute("pragma wal_checkpoint(full)")
 
     def remove_app(self, name: str) -> None:
         self._execute("delete from apps where name = ?", (name,))
@@ -135,7 +144,7 @@ class State:
         """``facts`` is what the node needs to adopt it again; no secrets in it."""
         self._execute(
             "insert into instances values (?, ?, ?, ?, ?, null, ?) on conflict (instance_id) do update set"
-            " state = excluded.state, facts = excluded.facts",
+            " state = excluded.state, started_at = excluded.started_at, facts = excluded.facts",
             (instance_id, app, build_id, state, started_at, json.dumps(facts)),
         )
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from relume.engine.jobs import Container, DumpJob, DumpResult
-from relume.errors import EngineError
+from relume.errors import EngineError, HostError
 from relume.keeper import instance as instance_module
 from relume.keeper import probe
 from relume.keeper import server as server_module
@@ -280,6 +280,40 @@ async def test_the_end(bench: Bench) -> None:
         await node.lost.wait()
     with pytest.raises(KeeperLost):
         await node.note("too late")
+
+
+async def test_an_end_on_a_full_disk(bench: Bench) -> None:
+    """It is told, and written as soon as there is room: until then the keeper stays."""
+    place = bench.directory / "full"
+    node, heard, _ = await bench.node()
+    await node.assign(bench.assignment(exit_file=str(place / "exit.json")))
+    await node.boot()
+    await bench.engine.kill()
+    await until(lambda: "exit" in events(heard))
+    await node.close()
+    await asyncio.sleep(0.6)
+    node, _, facts = await bench.node()
+    assert (facts["phase"], facts["exit_code"]) == ("exited", 137)
+    place.mkdir()
+    async with asyncio.timeout(5):
+        await bench.running
+    assert json.loads((place / "exit.json").read_text())["exit_code"] == 137
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, HostError), (errno.EACCES, EngineError)])
+async def test_what_the_machine_lacks_is_told_as_that(
+    bench: Bench, number: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full /run says nothing about the checkpoint that was to be restored."""
+    node, _, _ = await bench.node()
+    await node.assign(bench.assignment())
+
+    async def boot() -> int:
+        raise OSError(number, "no", "/run/criu.conf")
+
+    monkeypatch.setattr(bench.engine, "boot", boot)
+    with pytest.raises(kind, match=r"/run/criu\.conf"):
+        await node.boot()
 
 
 async def test_an_end_that_no_node_saw(bench: Bench) -> None:

@@ -43,7 +43,8 @@ class Node:
     """What is known of the one instance of an earlier run."""
 
     def __init__(self, places: Places) -> None:
-        self.roster = SimpleNamespace(instances={})
+        self.saved: list[str] = []
+        self.roster = SimpleNamespace(instances={}, save=lambda instance: self.saved.append(instance.state))
         self.ended: list[str] = []
         self.heard: list[str] = []
         self.background = Background()
@@ -104,6 +105,35 @@ async def test_one_that_answers_is_taken_over(node: Node, answer: asyncio.Future
     assert node.heard == ["i-1"]
 
 
+async def test_what_it_has_become_is_written_down(node: Node, answer: asyncio.Future[dict[str, Any]]) -> None:
+    """Ready since the node ended, or taken by a start just before: a row that says less would lose its log."""
+    answer.set_result(TOLD)
+    assert await node.adopt("prepared")
+    assert node.saved == ["ready"]
+
+
+async def test_one_that_is_being_prepared_is_made_anew(
+    node: Node, answer: asyncio.Future[dict[str, Any]]
+) -> None:
+    """Nobody will ever let it run."""
+    answer.set_result(TOLD | {"phase": "starting", "ready_at": None, "stopped": True})
+    assert not await node.adopt("starting")
+    assert node.roster.instances == {}
+
+
+async def test_how_one_ended_is_asked_of_its_keeper(
+    node: Node, answer: asyncio.Future[dict[str, Any]], places: Places
+) -> None:
+    """Where it could not write that down."""
+    answer.set_result(TOLD | {"phase": "exited", "exit_code": 3})
+    assert not await node.adopt()
+    assert node.adoption.exit_code("i-1") == 3
+    assert node.adoption.exit_code("i-2") is None
+    places.instance("i-2").kept.mkdir(parents=True)
+    places.instance("i-2").exit_file.write_text('{"exit_code": 4}')
+    assert node.adoption.exit_code("i-2") == 4
+
+
 async def test_one_that_is_gone_is_not(node: Node, answer: asyncio.Future[dict[str, Any]]) -> None:
     answer.set_exception(KeeperLost("no such file"))
     assert not await node.adopt()
@@ -130,6 +160,7 @@ async def test_one_that_does_not_answer_yet_is_kept(
     [
         ("ready", KeeperLost("it is gone"), "failed"),
         ("ready", TOLD | {"phase": "exited"}, "failed"),
+        ("ready", TOLD | {"phase": "exited", "exit_code": 0}, "exited"),
         ("prepared", TOLD | {"phase": "prepared"}, "forgotten"),
     ],
 )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from relume.errors import HostError
+from relume.node import roster as roster_module
 from relume.node.background import Background
 from relume.node.ending import Ending
 from relume.node.hearing import Hearing
@@ -92,12 +94,60 @@ async def test_it_becomes_ready(roster: Roster, state: State, ending: Ending, in
     assert state.instances(), "the state is still there"
 
 
-async def test_the_next_writing_mends_it(roster: Roster, state: State, instance: MakeInstance) -> None:
+@pytest.fixture
+async def writing(roster: Roster, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """What could not be written is tried again, quickly."""
+    monkeypatch.setattr(roster_module, "_AGAIN", 0.01)
+    task = asyncio.create_task(roster.write_later())
+    yield
+    task.cancel()
+
+
+@pytest.mark.usefixtures("writing")
+async def test_it_is_written_when_there_is_room(roster: Roster, state: State, instance: MakeInstance) -> None:
+    """One that serves and is in no row would be ended by the next run of the node."""
     saved = instance()
     roster.instances["i-1"] = saved
     state._execute("pragma query_only = 1")
     roster.save(saved)
+    await asyncio.sleep(0.05)
     assert state.instances() == []
     state._execute("pragma query_only = 0")
-    roster.save(saved)
-    assert [row["instance_id"] for row in state.instances()] == ["i-1"]
+    await asyncio.sleep(0.05)
+    assert [(row["instance_id"], row["state"]) for row in state.instances()] == [("i-1", "ready")]
+
+
+@pytest.mark.usefixtures("writing")
+async def test_the_end_of_one_that_was_in_no_row(
+    roster: Roster, state: State, instance: MakeInstance
+) -> None:
+    ended = instance(exit_code=3)
+    roster.instances["i-1"] = ended
+    state._execute("pragma query_only = 1")
+    roster.save(ended)
+    ended.state = "exited"
+    roster.remove(ended)
+    state._execute("pragma query_only = 0")
+    await asyncio.sleep(0.05)
+    (row,) = state.instances()
+    assert (row["state"], row["facts"]["exit_code"]) == ("exited", 3)
+    assert row["ended_at"] is not None
+
+
+async def test_the_next_run_opens_all_the_same(roster: Roster, state: State) -> None:
+    """What is dead may be what fills the disk, and is cleared away after this."""
+    save(state, "i-1", "")
+    (row,) = state.instances()
+    state._execute("pragma query_only = 1")
+    roster.ended_before(row, None)
+    roster.ended_before(row | {"state": "prepared"}, None)
+    (row,) = state.instances()
+    assert row["ended_at"] is None
+
+
+def test_a_state_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
+    (tmp_path / "node.db").mkdir()
+    with pytest.raises(HostError, match="cannot be read or written"):
+        State(tmp_path)
+    (tmp_path / "node.db").rmdir()
+    State(tmp_path).close()  # and nobody holds its lock

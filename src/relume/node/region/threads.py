@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
+
+from relume.node import threads
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_THREADS = ThreadPoolExecutor(8, thread_name_prefix="region")
+_THREADS = threads.pool(8, "region")
 
 
 async def in_background(function: Callable[P, T], /, *arguments: P.args, **named: P.kwargs) -> T:
