@@ -30,6 +30,8 @@ from relume.linux.affinity import Affinity
 
 _NAME = re.compile(r"cp-[A-Za-z0-9._-]{1,100}")
 
+_TRIES = 20
+
 RECORD = "checkpoint.json"
 
 QUARANTINE_AFTER = 2
@@ -166,8 +168,12 @@ class Shelf:
 
     def abandon(self, dump_id: str) -> None:
         """Leave nothing of a checkpoint that did not come to be."""
-        staging.drop(self.making(dump_id))
-        shutil.rmtree(self.making(dump_id), ignore_errors=True)
+        directory = self.making(dump_id)
+        staging.drop(directory)
+        for _ in range(_TRIES):  # a CRIU whose keeper was killed may write there until it is ended
+            shutil.rmtree(directory, ignore_errors=True)
+            if not directory.exists():
+                break
 
     def publish(self, dump_id: str, checkpoint: Checkpoint) -> None:
         """Make it visible: everything to disk, then the name. Raises OSError (then nothing is visible).

@@ -172,6 +172,7 @@ class Criu:
             meeting.cancel()
         self._mark("runc_returned")
         if code != 0:
+            _end_session(command)  # a CRIU that runc has left behind
             raise EngineError(_last_error(log) or f"runc {arguments[0]} ended with status {code}")
         self.pid = int(pid_file.read_text())
         return self.pid

@@ -66,6 +66,7 @@ class Adoption:
         self._requests = requests
         self._failures = failures
         self._exit_codes: dict[str, int] = {}
+        self._lacking: list[Instance] = []
 
     async def adopt(self, row: dict[str, Any], build: Build) -> bool:
         """Take over the instance of a row of the node's state; whether it still runs, or may."""
@@ -89,10 +90,24 @@ class Adoption:
                 self._exit_codes[instance.instance_id] = told["exit_code"]
             await instance.keeper.end()
             await instance.keeper.close()
+            paging = told.get("paging")
+            if row["state"] == "ready" and paging is not None and paging["event"] == "failed":
+                instance.paging_failed = paging["reason"]
+                instance.wrong_bytes = bool(paging.get("untrusted"))
+                instance.environment = told.get("given", {})
+                instance.ended.set()
+                self._lacking.append(instance)
             return False
         self._hold(instance)
         self._take_over(instance, told, early)
         return True
+
+    def replace_failed(self) -> None:
+        """What takes the place of those whose memory failed them while no node ran."""
+        for instance in self._lacking:
+            log.error("paging of %s failed: %s", instance.instance_id, instance.paging_failed)
+            self._background.spawn(self._failures.replace(instance))
+        self._lacking.clear()
 
     def exit_code(self, instance_id: str) -> int | None:
         """How one ended that is not taken over: what its keeper tells, or else has written down."""

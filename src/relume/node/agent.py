@@ -137,6 +137,7 @@ class Node:
             self.lifecycle.roster.ended_before(row, self.lifecycle.adoption.exit_code(instance_id))
         self.background.spawn(self.lifecycle.roster.write_later())
         self._spares.refill()
+        self.lifecycle.adoption.replace_failed()
         self.background.spawn(asyncio.to_thread(machine.keep_in_memory, self._runc.binary, find_criu()))
         for app in {instance.build.app for instance in self.lifecycle.instances.values()}:
             self.lifecycle.prepared.want(app)

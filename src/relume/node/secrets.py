@@ -42,12 +42,16 @@ class Secrets:
 
     def clear(self) -> None:
         self._path.unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)  # of a writing that a full disk or a kill has cut short
+
+    @property
+    def _temporary(self) -> Path:
+        return self._path.with_suffix(".tmp")
 
     def _write(self, content: dict[str, str]) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             json.dump(content, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.rename(self._path)
+        self._temporary.rename(self._path)

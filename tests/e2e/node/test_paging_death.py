@@ -57,6 +57,27 @@ def paging(instance: str) -> tuple[int, int]:
     raise AssertionError(f"{instance} has no pager")
 
 
+def test_killed_while_no_node_runs(relume: Relume, app: App) -> None:
+    """The next run of the node hears of it from the keeper."""
+    app.write(HOLD, extra='[relume.checkpoint]\nfill = "demand"\n')
+    relume.deploy(app.directory)
+    relume.start(app.name)
+    copy = relume.start(app.name, "--env", "COLOUR=blue")
+    _, pager = paging(copy["instance_id"])
+    relume.kill_node()
+    os.kill(pager, signal.SIGKILL)
+    relume.start_node()
+    (other,) = until(lambda: _successor(relume, app, copy), 60, "nobody took its place")
+    assert get(other, "/env")["COLOUR"] == "blue"
+    assert get(other, "/look/0") == 0
+    assert f"paging of {copy['instance_id']} failed: " in relume.log.read_text()
+
+
+def _successor(relume: Relume, app: App, copy: dict[str, Any]) -> list[dict[str, Any]]:
+    ready = [row for row in relume.ps(app.name) if row["state"] == "ready"]
+    return [row for row in ready if row["restored"] and row["instance_id"] != copy["instance_id"]]
+
+
 @pytest.mark.parametrize("victims", ["pager", "holder", "both"])
 def test_killed_before_the_memory_is_in(relume: Relume, app: App, victims: str) -> None:
     app.write(HOLD, extra='[relume.checkpoint]\nfill = "demand"\n')
@@ -80,12 +101,7 @@ def test_killed_before_the_memory_is_in(relume: Relume, app: App, victims: str) 
     asking.join()
     assert answers in ([], [0])
     assert not (relume.state / "persistent" / app.name / "wrong").exists()
-
-    def successor() -> list[dict[str, Any]]:
-        ready = [row for row in relume.ps(app.name) if row["state"] == "ready"]
-        return [row for row in ready if row["restored"] and row["instance_id"] != copy["instance_id"]]
-
-    (other,) = until(successor, 60, "nobody took its place")
+    (other,) = until(lambda: _successor(relume, app, copy), 60, "nobody took its place")
     assert get(other, "/env")["COLOUR"] == "blue"
     assert get(other, "/look/0") == 0
     reason = "the pager was killed by signal 9" if victims == "pager" else "holder was killed by signal 9"

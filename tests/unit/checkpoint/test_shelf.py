@@ -143,6 +143,22 @@ def test_what_cannot_be_read_is_not_there(shelf: Shelf, begun: Any, checkpoint_o
     assert not shelf.making(other.dump_id).exists()
 
 
+def test_one_that_is_still_written_to_goes(shelf: Shelf, begun: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a CRIU whose keeper was killed: a file comes between the look into a directory and its removal."""
+    directory, intent = begun()
+    remove, late = shutil.rmtree, [directory / "images" / "a", directory / "images" / "b"]
+
+    def raced(path: Path, *, ignore_errors: bool) -> None:
+        if late:
+            late.pop().touch()
+        else:
+            remove(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", raced)
+    shelf.abandon(intent.dump_id)
+    assert not directory.exists()
+
+
 def test_one_in_the_making_survives_the_clearing(shelf: Shelf, begun: Any) -> None:
     """Its keeper may be at it still, or have the result: the restarted node asks."""
     directory, intent = begun()

@@ -201,3 +201,23 @@ async def test_what_cannot_be_seen_is_asked_again(
     assert await node.adopt()
     await asyncio.sleep(0.05)
     assert node.heard == ["i-1"]
+
+
+async def test_one_whose_memory_failed_it_meanwhile_is_replaced(
+    node: Node, answer: asyncio.Future[dict[str, Any]]
+) -> None:
+    replaced: list[Instance] = []
+
+    async def replace(instance: Instance) -> None:
+        await instance.ended.wait()
+        replaced.append(instance)
+
+    node.adoption._failures = cast("Any", SimpleNamespace(replace=replace))
+    failed = {"event": "failed", "reason": "the pager was killed", "untrusted": False}
+    answer.set_result(TOLD | {"phase": "exited", "exit_code": 137, "paging": failed})
+    assert not await node.adopt()
+    assert not replaced, "the node is not open yet"
+    node.adoption.replace_failed()
+    await asyncio.sleep(0.01)
+    (instance,) = replaced
+    assert (instance.paging_failed, instance.environment) == ("the pager was killed", {"TOKEN": "t"})

@@ -49,6 +49,12 @@ def test_what_no_environment_can_hold(tmp_path: Path, name: str, value: str) -> 
     assert secrets.all() == {"KEPT": "1"}
 
 
+def test_what_a_kill_left_is_cleared_too(tmp_path: Path) -> None:
+    (tmp_path / "app.tmp").write_text('{"A": "1"}')
+    Secrets(tmp_path / "app.json").clear()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     """/dev/full in the temporary's place answers ENOSPC (full(4))."""
     secrets = Secrets(tmp_path / "app.json")
