@@ -6,7 +6,11 @@ VENV=$ROOT/.venv
 
 # The one CRIU that is built when the distribution has none that is new enough. docs/using.md tells why.
 CRIU_VERSION=4.2.1
-CRIU_MINIMUM=4.1
+# Older ones than 4.2 read neither of the kernel's marks "dp" and "wf" of a mapping (VmFlags in /proc/PID/smaps):
+# memory that may be dropped, and that a fork finds empty. A glibc of 2.41 or newer keeps the state of its random numbers
+# (getrandom in the vDSO) in such memory; dumped and restored like any other, it would give the original and its copies
+# the same os.urandom, uuid4 and keys for a while. Also in relume.node.doctor and relume.gpu.check_container.
+CRIU_MINIMUM=4.2
 CRIU_ARCHIVE=criu_$CRIU_VERSION.orig.tar.xz
 CRIU_SHA256=29ec0ee09e296479fe7048c80980e8ef1d0684d0b0204c2b101dfea19f6725b9
 CRIU_PREFIX=/opt/relume/criu-$CRIU_VERSION

@@ -32,7 +32,7 @@ from relume.gpu.nvml import Gpu, Machine
 from relume.gpu.story import GpuCheckpointer
 from relume.runc.command import Runc, find_criu, find_runc
 
-_MIN_CRIU: Final = (4, 1)
+_MIN_CRIU: Final = (4, 2)  # script/lib/common.sh says why
 _CRIU_OPTIONS: Final = "ext-unix-sk\nlink-remap\nfile-locks\nnetwork-lock skip\ntcp-close\n"
 _ANSWER_S: Final = 600.0
 _PLACES: Final = [path for path in map(Path, ("/var/tmp", "/tmp", "/run")) if path.is_dir()]
@@ -212,7 +212,7 @@ def container_requirements(
         runc = Runc(find_runc(), Path("/run/relume-gpu"), find_criu())
         version = tuple(int(part) for part in re.findall(r"\d+", _version(runc.criu))[:2])
         if version < _MIN_CRIU:
-            missing.append(f"CRIU 4.1 or newer (this is {_version(runc.criu) or 'none that runs'})")
+            missing.append(f"CRIU 4.2 or newer (this is {_version(runc.criu) or 'none that runs'})")
         elif os.geteuid() == 0:
             missing += _criu_says(runc.criu)
     except HostError as error:

@@ -2,7 +2,7 @@
 
 Public here: :func:`read_image` and :func:`write_image` for the small protobuf images, :func:`read_pagemap`
 and :func:`lazy_bytes` for what lies in ``pages-*.img``, :mod:`relume.images.integrity` for their hashes.
-The formats are those of CRIU 4.1 to 4.2.1; anything else is refused by name, never guessed at.
+The formats are those of CRIU 4.2 to 4.2.1; anything else is refused by name, never guessed at.
 """
 
 from relume.images.files import Entry, read_entries, read_image, write_image

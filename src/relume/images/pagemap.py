@@ -188,5 +188,5 @@ def _refuse_new_fields(path: Path, messages: Iterable[Any]) -> None:
 def _unknown(path: Path, what: str) -> ImageError:
     return ImageError(
         f"{path}: {what}: a newer page format, such as the compressed pages of CRIU 4.3",
-        hint="dump with CRIU 4.1 to 4.2, or without compression",
+        hint="dump with CRIU 4.2, or without compression",
     )

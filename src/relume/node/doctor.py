@@ -27,7 +27,8 @@ from relume.linux import cgroup, memory, mounts, syscall, userfaultfd
 from relume.node.places import KDAT_DIRECTORY
 from relume.runc.command import find_criu, find_runc
 
-CRIU_MINIMUM = (4, 1)
+CRIU_MINIMUM = (4, 2)
+"""As in script/lib/common.sh, which says why."""
 RUNC_MINIMUM = (1, 1)
 
 _ID_BASE, _ID_COUNT = 100_000, 65536

@@ -41,12 +41,19 @@ def test_this_machine(tmp_path: Path) -> None:
     assert not [root for root in cgroup.hierarchies() if (root / f"relume-doctor-{os.getpid()}").exists()]
 
 
-def test_an_old_criu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RELUME_CRIU", str(program(tmp_path / "criu", "Version: 3.17.1\nGitID: x")))
+@pytest.mark.parametrize("version", ["3.17.1", "4.1.1"])
+def test_an_old_criu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setenv("RELUME_CRIU", str(program(tmp_path / "criu", f"Version: {version}\nGitID: x")))
     finding = found("criu", tmp_path)
     assert finding.ok is False
-    assert "3.17.1" in finding.detail
+    assert version in finding.detail
     assert "script/bootstrap" in finding.remedy
+
+
+@pytest.mark.parametrize("version", ["4.2", "4.2.1", "4.10"])
+def test_a_criu_that_is_new_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setenv("RELUME_CRIU", str(program(tmp_path / "criu", f"Version: {version}\nGitID: x")))
+    assert found("criu", tmp_path).ok is True
 
 
 def test_a_kernel_that_criu_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def test_with_the_fake_driver() -> None:
     assert steps["graphs"]["blocks"] == 96
     for name in ("container", "paged"):
         assert steps[name]["ok"] is None
-        assert any("CRIU 4.1" in thing for thing in steps[name]["missing"])
+        assert any("CRIU 4.2" in thing for thing in steps[name]["missing"])
 
 
 def test_a_python_without_the_libraries_is_named() -> None:
@@ -55,6 +55,6 @@ def test_without_a_gpu_every_step_says_what_is_missing(no_gpu: dict[str, str], t
     assert not any("fake" in step for step in steps.values())
     assert any("libcuda" in thing for thing in steps["plain"]["missing"])
     lacking = steps["container"]["missing"]
-    assert any("CRIU 4.1" in thing for thing in lacking)
+    assert any("CRIU 4.2" in thing for thing in lacking)
     assert any("nvidia-ctk cdi generate" in thing for thing in lacking)
     assert ("root" in lacking) == (os.geteuid() != 0)
