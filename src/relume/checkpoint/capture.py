@@ -53,6 +53,9 @@ _PAUSES_WHEN_BUSY = (0.2, 1.0)
 _SLOWEST_DISK = 50e6
 """Bytes per second below which a dump is given up: the app stands still for as long as it takes."""
 
+_SHARED = ("/persistent-storage",)
+"""Where all instances of an app have the same files."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Subject:
@@ -388,7 +391,7 @@ class Capturer:
         images = directory / "images"
         staged = staging.land(images)
         landed = time.monotonic()
-        edited_images = edit.prepare_images(images, loopback=subject.loopback)
+        edited_images = edit.prepare_images(images, loopback=subject.loopback, shared=_SHARED)
         tmpfs.lighten(images)
         edited = time.monotonic()
         integrity.record(images)
@@ -423,13 +426,14 @@ class Capturer:
             id_base=subject.id_base,
             loopback=subject.loopback,
             filesystem=subject.filesystem,
-            processes=[dataclasses.asdict(process) for process in edit.processes(images)],
+            processes=_legible([dataclasses.asdict(process) for process in edit.processes(images)]),
             stopped=edit.stopped(images),
-            left_behind=dataclasses.asdict(left),
-            warnings=list(result.held.get("warnings", ())),
+            left_behind=_legible(dataclasses.asdict(left)),
+            warnings=_legible([*result.held.get("warnings", ()), *edited_images.warnings]),
             affinity=result.affinity,
-            memory=[dataclasses.asdict(mapped) for mapped in saved_by_mapping(images)],
+            memory=_legible([dataclasses.asdict(mapped) for mapped in saved_by_mapping(images)]),
             gpu=record_of(directory / "work"),
+            own_files=list(result.held.get("own_files", ())),
         )
 
     def _failed(self, subject: Subject, directory: Path, result: DumpResult) -> dict[str, Any]:
@@ -454,7 +458,8 @@ def _answer(subject: Subject, status: str, reason: str | None, **more: Any) -> d
     base = {"status": status, "reason": reason, "checkpoint_id": None, "build_id": subject.build_id}
     if status == "failed":
         log.warning("checkpoint of %s failed: %s: %s", subject.instance_id, reason, more.get("message", ""))
-    return base | {"instance_id": subject.instance_id} | more
+    answer: dict[str, Any] = _legible(base | {"instance_id": subject.instance_id} | more)
+    return answer
 
 
 def _created(subject: Subject, checkpoint: Checkpoint, *, seconds: float) -> dict[str, Any]:
@@ -515,3 +520,15 @@ def _mounted(subject: Subject) -> set[str]:
 
 def _free(shelf: Shelf) -> int:
     return shutil.disk_usage(shelf.root).free
+
+
+def _legible(value: Any) -> Any:
+    """``value`` as JSON that everybody reads: a name need be no UTF-8, and Python's stand-ins for its bytes are none."""
+    match value:
+        case str():
+            return value.encode(errors="surrogateescape").decode(errors="replace")
+        case dict():
+            return {key: _legible(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_legible(each) for each in value]
+    return value

@@ -83,9 +83,10 @@ class Restoration:
                 checker.close()
 
     def lay_files(self, upper: Path) -> None:
-        """Put the held files into ``upper``, before the overlay is mounted on it."""
-        root_only = self.lower_layer is not None
-        held.lay(self._stored / "held", upper, id_base=self.id_base, root_only=root_only)
+        """Put the held files into ``upper``, before the overlay is mounted on it; above a saved layer only those
+        that must be there."""
+        only = None if self.lower_layer is None else self.checkpoint.own_files
+        held.lay(self._stored / "held", upper, id_base=self.id_base, only=only)
 
     def pager_job(
         self, *, work: Path, cgroup: str, fill: str, root: Path, learn: bool = True

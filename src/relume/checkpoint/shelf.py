@@ -69,6 +69,8 @@ class Checkpoint:
     """``pid``, ``what`` and ``saved_bytes`` (relume.images.mappings), the largest first."""
     gpu: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The GPUs it was taken on and what was put away of them (relume.checkpoint.device); empty without one."""
+    own_files: list[str] = dataclasses.field(default_factory=list)
+    """Where the whole layer was saved: what each copy needs in its own all the same (relume.engine.held)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -138,6 +138,18 @@ class Finder:
         self._found[target, how] = Held(path.strip("/"), who[0], who[1], how, deleted, locked)
 
 
+def mapped_shared(pids: Iterable[int]) -> set[str]:
+    """The paths, as :class:`Held` has them, that some of these processes map shared: what others write, they see there.
+
+    A private mapping is of a file that nobody is expected to write (mmap(2): what is seen then is unspecified).
+    """
+    found: set[str] = set()
+    for pid in pids:
+        with contextlib.suppress(*proc.GONE):
+            found.update(each.path.strip("/") for each in proc.mappings(pid) if each.shared)
+    return found
+
+
 @contextlib.contextmanager
 def _unless_changed() -> Iterator[None]:
     """Suppress the errors of looking at a descriptor that was closed, or whose number was used again, meanwhile."""

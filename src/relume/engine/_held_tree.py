@@ -33,6 +33,8 @@ _OVERLAY_KEPT = frozenset(
     f"trusted.overlay.{name}"
     for name in ("opaque", "redirect", "metacopy", "whiteout", "xwhiteouts", "protattr")
 )
+_HIDING = frozenset({"trusted.overlay.opaque", "trusted.overlay.redirect"})
+"""On a directory: what it has instead of what the layers below have by its name."""
 _ACLS = frozenset({"system.posix_acl_access", "system.posix_acl_default"})
 
 Shift = Callable[[int], int]
@@ -119,8 +121,9 @@ class Copier:
 
     Directories get their attributes in :meth:`finish`, because making an entry changes the times of the
     directory above it. Hard links between copied entries stay hard links. With ``onto`` the directories that
-    ``target`` has stay as they are, and a source that lives may lose some meanwhile. ``abandoned`` is asked
-    now and then whether anybody waits still.
+    ``target`` has stay as they are, and a source that lives may lose some meanwhile. With ``above`` the target is to
+    be mounted right above the source: its directories then hide nothing, least of all the source's. ``abandoned`` is
+    asked now and then whether anybody waits still.
     """
 
     def __init__(
@@ -130,12 +133,14 @@ class Copier:
         shift: Shift,
         *,
         onto: bool = False,
+        above: bool = False,
         abandoned: Callable[[], bool] = lambda: False,
     ) -> None:
         self._source = source
         self._target = Tree(target)
         self._shift = shift
         self._onto = onto
+        self._above = above
         self._abandoned = abandoned
         self._directories: dict[str, os.stat_result] = {}
         self._linked: dict[tuple[int, int], str] = {}
@@ -277,12 +282,13 @@ class Copier:
         if not link:  # a symbolic link has no permissions of its own (symlink(7))
             os.chmod(target, stat.S_IMODE(status.st_mode))  # after chown, which clears set-id bits
         if not is_whiteout(status):
-            self._xattrs(source, target, follow)
+            hiding = self._above and stat.S_ISDIR(status.st_mode)
+            self._xattrs(source, target, follow, _OVERLAY_KEPT - _HIDING if hiding else _OVERLAY_KEPT)
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=follow)
 
-    def _xattrs(self, source: int | str, target: int | str, follow: bool) -> None:
+    def _xattrs(self, source: int | str, target: int | str, follow: bool, overlay: frozenset[str]) -> None:
         for name in os.listxattr(source, follow_symlinks=follow):
-            if not (name.startswith("user.") or name in _OVERLAY_KEPT or name in _ACLS):
+            if not (name.startswith("user.") or name in overlay or name in _ACLS):
                 continue
             value = os.getxattr(source, name, follow_symlinks=follow)
             try:

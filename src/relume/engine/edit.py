@@ -1,7 +1,7 @@
 """What is changed in, and read from, CRIU's images between a dump and its restores.
 
-:func:`prepare_images` is run once after the dump, so that every copy restores from the same files. Three
-things in them would otherwise come back wrong:
+:func:`prepare_images` is run once after the dump, so that every copy restores from the same files. Some
+things in them would otherwise come back wrong, or not at all:
 
 - **TCP connections to the outside**, dumped as established so that those inside survive. Restored so, the
   kernel probes a peer that does not know the connection, gets a reset, and a reader raises
@@ -11,6 +11,8 @@ things in them would otherwise come back wrong:
   (``it_value`` 0,0), CRIU writes that down, and 0,0 disarms. They get their interval as the time left.
 - **Address space that was only reserved**, when it is larger than the machine's memory: it could not be
   mapped again.
+- **Files that all instances share**: they change meanwhile, and another instance holds the locks on them. See
+  _shared_files.py.
 
 :func:`remap_ids` moves a container to another range of host ids. The rest only reads.
 
@@ -23,10 +25,11 @@ import dataclasses
 import ipaddress
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from relume.engine import _shared_files
 from relume.errors import ImageError
 from relume.images import read_image, read_pagemap, write_image
 
@@ -47,12 +50,14 @@ class EditReport:
     ``needs_network``: some socket that stays has an address beyond loopback, its own or its peer's (a
     connected UDP socket, a listener on one interface). CRIU binds and connects it again, which fails where
     the address or the route is not there yet: set up a copy's network before its sockets are restored.
+    ``warnings`` are sentences for the answer to the app: what no copy will have.
     """
 
     kept: int = 0
     closed: int = 0
     timers: int = 0
     needs_network: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,11 +86,12 @@ class Process:
     memory_bytes: int
 
 
-def prepare_images(directory: Path, *, loopback: str) -> EditReport:
+def prepare_images(directory: Path, *, loopback: str, shared: Collection[str] = ()) -> EditReport:
     """Make the images in ``directory`` right for copies; ``loopback`` is "keep" or "close".
 
     "keep": dumped and to be restored with ``tcp-established``. "close": with ``tcp-close``, which ends all
-    connections by itself. Doing it twice changes nothing more. Raises ImageError.
+    connections by itself. ``shared`` are the mount points inside behind which all instances have the same files.
+    Doing it twice changes nothing more, but warns only once. Raises ImageError.
     """
     for memory in directory.glob("mm-*.img"):
         _reserve_without_account(memory)
@@ -99,13 +105,16 @@ def prepare_images(directory: Path, *, loopback: str) -> EditReport:
         _close(socket)
     for timer in stopped:
         timer.vsec, timer.vnsec = timer.isec, timer.insec
-    if outside or stopped:
+    everyones = _shared_files.select(directory, files, shared) if shared else {}
+    warnings = _shared_files.unlock(directory, everyones)
+    loosened = _shared_files.loosen(directory, everyones)
+    if outside or stopped or loosened:
         write_image(path, files)
     kept = len(connections) - len(outside) if loopback == "keep" else 0
     closed = len(outside) if loopback == "keep" else len(connections)
     gone = {id(each) for each in (outside if loopback == "keep" else connections)}
     beyond = any(_is_beyond(each) for each in sockets if id(each) not in gone)
-    return EditReport(kept=kept, closed=closed, timers=len(stopped), needs_network=beyond)
+    return EditReport(kept, closed, len(stopped), needs_network=beyond, warnings=tuple(warnings))
 
 
 def remap_ids(directory: Path, *, id_base: int) -> bool:

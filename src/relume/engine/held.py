@@ -23,6 +23,11 @@ How CRIU 4.2 treats each kind, which decides what must be copied (criu/files-reg
   that it hides a file of a lower layer by that name (bind would answer EADDRINUSE).
 - inotify watch: set again by path, which must be there.
 
+Where the whole layer was saved, it serves as the topmost lower layer of each copy of the app, at no cost. Not so for
+files that are open or mapped shared. The first write to a file of a lower layer makes another file of it (overlay
+copies it up), which whoever mapped it before does not see, and takes it apart from its other names. In the original
+they lay in the upper layer: :func:`capture` notes them, with all their names, and :func:`lay` puts them there again.
+
 Standard library only: the keeper runs this.
 """
 
@@ -32,11 +37,12 @@ import dataclasses
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote, unquote_to_bytes
 
 from relume.engine._culprit import Culprit
-from relume.engine._held_finder import Finder, Held, sqlite_warnings
+from relume.engine._held_finder import Finder, Held, mapped_shared, sqlite_warnings
 from relume.engine._held_tree import DEEPEST, Copier, Shift, Tree, is_whiteout
 from relume.errors import Unsupported, Untrusted
 
@@ -54,12 +60,15 @@ _COPIED_UP = "trusted.overlay.origin"
 class HeldReport:
     """What :func:`capture` copied: ``files`` regular files, ``bytes`` of data in them (holes not counted).
 
-    ``warnings`` are sentences for the answer to the app: what was saved and will still not be right.
+    ``warnings`` are sentences for the answer to the app: what was saved and will still not be right. ``own_files``
+    are for :func:`lay`: of a layer that was saved whole, the files that each copy must have in its upper layer, as
+    paths from the root, their bytes written as in a URL (a name need be no UTF-8, and JSON holds nothing else).
     """
 
     files: int
     bytes: int
     warnings: tuple[str, ...] = ()
+    own_files: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,20 +103,31 @@ def capture(
     ``upper`` is the upper directory of the overlay that is mounted on ``rootfs``; ``dest`` is an empty
     directory. To be called between CRIU's dump and the thaw, while its ``link_remap.*`` names are there.
     ``everything`` copies the whole layer, whiteouts and opaque directories included, so that ``dest`` can
-    serve as a lower layer; ``limit_bytes`` (per file, on disk) then does not apply. ``also`` are paths inside
-    that come along, where the layer has them, though nobody holds them.
+    serve as a lower layer. ``limit_bytes`` is for each file that is held, as it lies on disk; with ``everything`` a
+    larger one is none of ``own_files``, since those are copied at every start, and comes along. ``also`` are paths
+    inside that come along, where the layer has them, though nobody holds them.
 
     Raises Unsupported, with culprits, for a held file over the limit; OSError when the disk is full; Abandoned of
     _held_tree.py soon after ``abandoned`` says that nobody waits for it.
     """
     held = Finder(rootfs).find(pids)
+    warnings = sqlite_warnings(held)
+    own_files: list[str] = []
     source = Tree(upper)
     copier = Copier(source, dest, _as_inside(id_base), abandoned=abandoned)
     try:
         copier.directory("")
-        for path in (
-            [path for path, _ in source.walk()] if everything else _names(source, held, limit_bytes, also)
-        ):
+        if everything:
+            own, too_large_ones = _own_files(source, held, mapped_shared(pids), limit_bytes)
+            names = []
+            for path, there in source.walk():
+                names.append(path)
+                if there.st_ino in own and stat.S_ISREG(there.st_mode):
+                    own_files.append(quote(os.fsencode(path)))
+            warnings += too_large_ones
+        else:
+            names = _names(source, held, limit_bytes, also)
+        for path in names:
             status = source.stat(path)
             if status is not None:
                 copier.entry(path, status)
@@ -115,7 +135,7 @@ def capture(
     finally:
         copier.close()
         source.close()
-    return HeldReport(copier.files, copier.bytes, tuple(sqlite_warnings(held)))
+    return HeldReport(copier.files, copier.bytes, tuple(warnings), tuple(own_files))
 
 
 def add_directories(upper: Path, dest: Path, *, id_base: int, mounted: Collection[str] = ()) -> None:
@@ -160,21 +180,22 @@ def expected_bytes(pids: Sequence[int], *, rootfs: Path, upper: Path) -> int:
     return sum(files.values())
 
 
-def lay(src: Path, upper: Path, *, id_base: int, root_only: bool = False) -> None:
+def lay(src: Path, upper: Path, *, id_base: int, only: Iterable[str] | None = None) -> None:
     """Put the tree ``src`` (a ``dest`` of :func:`capture`) into ``upper``, owners shifted by ``id_base``.
 
     ``upper`` must be an empty directory and no overlay mounted on it yet. It becomes the container's ``/``
     with owner, mode and times from ``src``. Any overlay options and any lower layers will do afterwards,
     because nothing in the tree says which inodes it was once copied up from (see _held_tree.py).
-    ``root_only`` is for a copy that has the rest as a lower layer.
+    ``only`` (``own_files`` of a report) is for a copy that has all of ``src`` as its topmost lower layer; the
+    directory itself is laid in any case.
 
-    Raises Untrusted for an owner outside the container's range.
+    Raises Untrusted for an owner outside the container's range, and for a path in ``only`` that leads out of ``src``.
     """
     source = Tree(src)
-    copier = Copier(source, upper, _from_inside(src, id_base))
+    copier = Copier(source, upper, _from_inside(src, id_base), above=only is not None)
     try:
         copier.directory("")
-        for path, status in () if root_only else source.walk():
+        for path, status in source.walk() if only is None else _listed(source, src, only):
             copier.entry(path, status)
         copier.finish()
     finally:
@@ -270,6 +291,50 @@ def _names(source: Tree, held: Sequence[Held], limit_bytes: int, also: Iterable[
     if linked := _known_by_other_names(source, wanted):  # a held file is held under all its names
         wanted |= {path: status for path, status in source.walk() if status.st_ino in linked}
     return list(wanted)
+
+
+def _own_files(
+    source: Tree, held: Sequence[Held], shared: Collection[str], limit_bytes: int
+) -> tuple[set[int], list[str]]:
+    """The inodes of ``own_files``, and a sentence for each mapped file that is too large to be one of them.
+
+    What is only mapped privately stays below, ``shared`` are the paths that are not: programs, libraries and weights
+    are most of what is mapped, and nobody writes to them.
+    """
+    files: dict[int, int] = {}
+    warnings = []
+    bereft: set[str] = set()
+    for one in held:
+        if one.deleted:
+            bereft.update(_above(one.path))
+            continue
+        if one.how == "executable" or (one.how == "mapped" and one.path not in shared):
+            continue
+        status = source.stat(one.path)
+        if status is None or not stat.S_ISREG(status.st_mode):
+            continue
+        files[status.st_ino] = status.st_blocks * 512
+        if one.how == "mapped" and files[status.st_ino] > limit_bytes:
+            warnings.append(
+                f"{one.process} (pid {one.pid}) has /{one.path} mapped, {files[status.st_ino]} bytes in the writable"
+                f" layer; the limit is {limit_bytes} bytes, so it is not copied at every start: in a restored copy"
+                " the mapping does not show what is written to the file afterwards."
+            )
+    for name in _link_remaps(source, bereft):
+        if (status := source.stat(name)) is not None and stat.S_ISREG(status.st_mode):
+            files[status.st_ino] = status.st_blocks * 512
+    return {inode for inode, size in files.items() if size <= limit_bytes}, warnings
+
+
+def _listed(source: Tree, src: Path, names: Iterable[str]) -> Iterator[tuple[str, os.stat_result]]:
+    """The files of ``source`` with these names, written as in a URL. Raises Untrusted for one that leads elsewhere."""
+    for name in names:
+        path = os.fsdecode(unquote_to_bytes(name))
+        if not path or any(part in ("", ".", "..") for part in path.split("/")):
+            raise Untrusted(f"{name!r} is no path of a held file in {src}")
+        status = source.stat(path)
+        if status is not None and stat.S_ISREG(status.st_mode):
+            yield path, status
 
 
 def _known_by_other_names(source: Tree, wanted: Mapping[str, os.stat_result]) -> set[int]:

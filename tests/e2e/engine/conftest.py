@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -298,6 +299,8 @@ class Lab:
         box = Box(self, id_base)
         self.boxes.append(box)
         if checkpoint.everything:
+            own = cast("list[str]", checkpoint.report["own_files"])
+            held.lay(checkpoint.held, box.upper, id_base=id_base, only=own)
             box.mount(options, checkpoint.held)
         else:
             held.lay(checkpoint.held, box.upper, id_base=id_base)

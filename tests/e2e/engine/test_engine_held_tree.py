@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 import subprocess
@@ -143,6 +144,35 @@ def merged(tmp_path: Path, upper: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, tmp_path / "merged"], check=True)
     yield tmp_path / "merged"
     subprocess.run(["umount", tmp_path / "merged"], check=True)
+
+
+def test_what_a_whole_layer_gives_a_copy_of_its_own_is_one_file(tmp_path: Path, upper: Path) -> None:
+    """For a mapping made before, for whoever writes later, and by all its names; what lies beside it is there too."""
+    for name in ("image/data", "layer/data", "work", "merged"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "image/data/hidden").touch()
+    os.setxattr(tmp_path / "layer/data", "trusted.overlay.opaque", b"y")
+    for name in ("data/table", "data/left"):
+        (tmp_path / "layer" / name).write_bytes(b"before")
+    os.link(tmp_path / "layer/data/table", tmp_path / "layer/same")
+    held.lay(tmp_path / "layer", upper, id_base=ID_BASE, only=["data/table", "same"])
+    merged = tmp_path / "merged"
+    lower = f"{tmp_path}/layer:{tmp_path}/image"
+    options = f"index=off,lowerdir={lower},upperdir={upper},workdir={tmp_path}/work"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, merged], check=True)
+    try:
+        with (
+            (merged / "data/table").open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as table,
+        ):
+            with (merged / "data/table").open("r+b") as another:
+                another.write(b"later!")
+            assert table[:] == b"later!"
+        assert (merged / "same").read_bytes() == b"later!"
+        assert {path.name for path in (merged / "data").iterdir()} == {"table", "left"}
+    finally:
+        subprocess.run(["umount", merged], check=True)
+    assert (tmp_path / "layer/same").read_bytes() == b"before"
 
 
 def made_by_app(path: Path, mode: int = 0o755) -> None:

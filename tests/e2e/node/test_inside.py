@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import MAIN, SNIPPET, App, Failed, Relume, get
+from harness import MAIN, SNIPPET, App, Failed, Relume, get, until
 from relume.linux import cgroup
 
 PROBES = """
@@ -98,6 +98,48 @@ def test_what_an_app_finds_inside(relume: Relume, app: App) -> None:
     node = relume.json("node", "status")["node_id"]
     for pid in cgroup.processes(f"/relume/{node}/{copy['instance_id']}"):
         assert Path(f"/proc/{pid}").stat().st_uid >= 65536, "root inside is nobody outside"
+
+
+JOURNAL = """
+import fcntl, subprocess
+for name in ("journal", "table"):
+    open("/persistent-storage/" + name, "wb").write(b"begun")
+journal, table = (open("/persistent-storage/" + name, "r+b", buffering=0) for name in ("journal", "table"))
+fcntl.flock(journal, fcntl.LOCK_EX)
+fcntl.lockf(table, fcntl.LOCK_EX)
+def go_on():
+    while True:
+        journal.write(b"line"); table.write(b"row"); time.sleep(0.01)
+threading.Thread(target=go_on, daemon=True).start()
+TRY = "import fcntl, sys; file = open('/persistent-storage/' + sys.argv[2], 'r+b');"
+TRY += "getattr(fcntl, sys.argv[1])(file, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+def free(how_and_name):
+    return subprocess.run(["python3", "-c", TRY, *how_and_name.split("/")], stderr=subprocess.DEVNULL).returncode == 0
+ACTIONS.update(free=free, wrote=lambda _: journal.tell() + table.tell())
+"""
+
+
+def test_a_file_of_persistent_storage_that_is_open_locked_and_written(relume: Relume, app: App) -> None:
+    """The original goes on with it, and keeps its locks; a copy goes on with it as it is then."""
+    app.write(f"{JOURNAL}\n{SNIPPET}\nserve()")
+    relume.deploy(app.directory)
+    first = relume.start(app.name)
+    answer = relume.answer_of_post(first["instance_id"])
+    assert answer["status"] == "created"
+    for name in ("journal", "table"):
+        (warning,) = [each for each in answer["warnings"] if f"a lock on /persistent-storage/{name}," in each]
+        assert "a restored copy does not have it" in warning
+    copies = []
+    for _ in range(2):
+        copies.append(relume.start(app.name))
+        assert copies[-1]["restored"], copies[-1]["reason"]
+    for each in (first, *copies):
+        wrote = get(each, "/wrote")
+        until(lambda each=each, wrote=wrote: get(each, "/wrote") > wrote, what="it writes no more")
+        assert not get(each, "/free/flock/journal") and not get(each, "/free/lockf/table"), "the original's"
+    relume.stop(first["instance_id"])
+    for each in copies:
+        until(lambda each=each: get(each, "/free/flock/journal") and get(each, "/free/lockf/table"))
 
 
 def test_two_apps_share_no_ids(relume: Relume, app: App, workplace: Path) -> None:

@@ -157,6 +157,35 @@ serve()
         assert get(copy, "/root") == [0, 0, "z"], "the root of the file system is the app's, as it was"
 
 
+def test_filesystem_all_and_a_mapping_of_a_file_that_is_written_later(relume: Relume, app: App) -> None:
+    """In a copy as in the original: the file of the mapping is the file that is written, by all its names."""
+    app.write(
+        f"""
+import mmap, subprocess
+os.makedirs("/srv/data")
+for name in ("table", "left"):
+    open("/srv/data/" + name, "wb").write(b"before")
+os.link("/srv/data/table", "/srv/same")
+with open("/srv/data/table", "rb") as file:
+    table = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+WRITE = "file = open('/srv/data/table', 'r+b'); file.write(b'later!')"
+ACTIONS["seen"] = lambda _: [table[:].decode(), open("/srv/same").read(), open("/srv/data/left").read()]
+ACTIONS["write"] = lambda _: subprocess.run(["python3", "-c", WRITE], check=True).returncode
+{SNIPPET}
+serve()
+""",
+        extra='[relume.checkpoint]\nfilesystem = "all"\n',
+    )
+    relume.deploy(app.directory)
+    first = relume.start(app.name)
+    copies = [relume.start(app.name) for _ in range(2)]
+    for each in (*copies, first):
+        assert each is first or each["restored"], each["reason"]
+        assert get(each, "/seen") == ["before", "before", "before"]
+        get(each, "/write")
+        assert get(each, "/seen") == ["later!", "later!", "before"]
+
+
 def test_checkpointing_off_and_redeploys(relume: Relume, app: App) -> None:
     app.write(f"{SNIPPET}\nserve()")
     build = relume.deploy(app.directory)["build_id"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,3 +64,10 @@ def test_files_count_for_the_room_and_for_the_time(
     directory.mkdir()
     job = capturer._job(subject, intent, directory, expected)
     assert job.timeout >= 32  # 2 s for 100 MB, at the slowest
+
+
+def test_names_that_are_no_utf8_can_be_read_by_everybody(subject: Subject) -> None:
+    name = os.fsdecode(b"/caf\xe9")
+    answer = capture._answer(subject, "failed", "unsupported", unsupported=[{"process": name, "pid": 7}])
+    assert answer["unsupported"] == [{"process": "/caf\ufffd", "pid": 7}]
+    json.dumps(answer, ensure_ascii=False).encode()

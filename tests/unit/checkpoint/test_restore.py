@@ -82,6 +82,21 @@ def test_what_was_checked_in_this_boot_is_not_read_again(restoration: Restoratio
         remembering.verify(pages=True)
 
 
+def test_of_a_whole_layer_a_copy_gets_its_own_files(restoration: Restoration, tmp_path: Path) -> None:
+    top = restoration.shelf.directory(restoration.checkpoint.checkpoint_id) / "held"
+    (top / "data").mkdir()
+    for name in ("data/db", "data/other"):
+        (top / name).write_text(name)
+    for number, own_files in enumerate((["data/db"], [])):  # an older revision wrote none
+        upper = tmp_path / str(number)
+        upper.mkdir()
+        checkpoint = dataclasses.replace(restoration.checkpoint, filesystem="all", own_files=own_files)
+        copy = dataclasses.replace(restoration, checkpoint=checkpoint)
+        copy.lay_files(upper)
+        assert [str(path.relative_to(upper)) for path in upper.rglob("*") if path.is_file()] == own_files
+        assert copy.lower_layer == top
+
+
 def test_the_root_of_a_copy_is_as_it_was(restoration: Restoration, tmp_path: Path) -> None:
     """With the whole layer saved too, for overlay takes the attributes of "/" from the topmost directory."""
     top = restoration.shelf.directory(restoration.checkpoint.checkpoint_id) / "held"

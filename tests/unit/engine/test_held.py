@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import mmap
 import os
 import socket
@@ -14,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from relume.engine import held, preflight
-from relume.engine._held_finder import Finder, Held, sqlite_warnings
+from relume.engine._held_finder import Finder, Held, mapped_shared, sqlite_warnings
 from relume.engine._held_tree import DEEPEST, Abandoned, Copier, Tree
-from relume.errors import Unsupported
+from relume.errors import Unsupported, Untrusted
 from relume.linux import proc
 from relume.linux.files import remove_tree
 
@@ -232,6 +233,144 @@ def test_only_names_that_are_missing_are_looked_for(tmp_path: Path, monkeypatch:
         tree.close()
 
 
+def test_what_is_mapped_shared(tmp_path: Path) -> None:
+    for name in ("shared", "private", "both", "new\nline"):
+        (tmp_path / name).write_bytes(bytes(4096))
+    maps = []
+    for name, flags in (
+        ("shared", mmap.MAP_SHARED),
+        ("private", mmap.MAP_PRIVATE),
+        ("both", mmap.MAP_PRIVATE),
+        ("both", mmap.MAP_SHARED),
+        ("new\nline", mmap.MAP_SHARED),
+    ):
+        with (tmp_path / name).open("rb") as file:
+            maps.append(mmap.mmap(file.fileno(), 0, flags, mmap.PROT_READ))
+    try:
+        found_now = mapped_shared([os.getpid(), 2**22 + 1])  # the second is no process
+    finally:
+        for each in maps:
+            each.close()
+    inside = str(tmp_path).strip("/")
+    assert {name for name in found_now if name.startswith(inside)} == {
+        f"{inside}/{name}" for name in ("shared", "both", "new\nline")
+    }
+
+
+def saved_whole(
+    upper: Path,
+    dest: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *all_held: Held,
+    shared: set[str],
+    limit: int = 1 << 30,
+) -> held.HeldReport:
+    """A layer saved whole while ``all_held`` are held."""
+    monkeypatch.setattr(Finder, "find", lambda self, pids: list(all_held))
+    monkeypatch.setattr(held, "mapped_shared", lambda pids: shared)
+    dest.mkdir()
+    return held.capture(
+        [], upper=upper, rootfs=Path("/"), dest=dest, id_base=os.getuid(), limit_bytes=limit, everything=True
+    )
+
+
+def names_below(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*")}
+
+
+def test_of_a_whole_layer_only_what_is_held_is_each_copys_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under all its names; what lies beside it stays below, and is hidden by none of the directories above it."""
+    upper, dest, own = tmp_path / "upper", tmp_path / "dest", tmp_path / "own"
+    (upper / "data/deep").mkdir(parents=True)
+    for name in ("data/db", "data/deep/log", "data/left", "weights", "program", "link_remap.3", "caf\udce9"):
+        (upper / name).write_bytes(os.fsencode(name))
+    os.link(upper / "data/db", upper / "same")
+    os.link(upper / "link_remap.3", upper / "data/renamed")
+    os.setxattr(upper / "data", "trusted.overlay.opaque", b"y")
+    os.setxattr(upper / "data/deep", "trusted.overlay.redirect", b"/old")
+    os.setxattr(upper / "data/deep", "user.note", b"kept")
+    (upper / "data").chmod(0o711)
+    report = saved_whole(
+        upper,
+        dest,
+        monkeypatch,
+        Held("data/db", 1, "app", "mapped"),
+        Held("data/deep/log", 1, "app", "open"),
+        Held("caf\udce9", 1, "app", "open"),
+        Held("old", 1, "app", "open", deleted=True),  # now link_remap.3, for as long as the dump lasts
+        Held("data", 1, "app", "working directory"),
+        Held("weights", 1, "app", "mapped"),
+        Held("program", 1, "app", "executable"),
+        Held("usr/lib/libc.so", 1, "app", "mapped"),  # of the image
+        shared={"data/db"},
+    )
+    assert names_below(dest) == names_below(upper)
+    assert set(report.own_files) == {
+        "data/db",
+        "same",
+        "data/deep/log",
+        "link_remap.3",
+        "data/renamed",
+        "caf%E9",
+    }
+    json.loads(json.dumps(report.own_files).encode())
+    assert report.warnings == ()
+
+    own.mkdir()
+    held.lay(dest, own, id_base=os.getuid(), only=report.own_files)
+    files = {"data/db", "same", "data/deep/log", "link_remap.3", "data/renamed", "caf\udce9"}
+    assert names_below(own) == {*files, "data", "data/deep"}
+    assert (own / "same").samefile(own / "data/db") and (own / "data/renamed").samefile(own / "link_remap.3")
+    assert (own / "caf\udce9").read_bytes() == b"caf\xe9"
+    assert (own / "data").stat().st_mode & 0o777 == 0o711
+    assert os.listxattr(own / "data") == [] and os.listxattr(own / "data/deep") == ["user.note"]
+    assert os.getxattr(dest / "data", "trusted.overlay.opaque") == b"y", "below, it hides what the image has"
+
+
+def test_of_a_whole_layer_what_is_too_large_for_every_start_stays_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upper, dest = tmp_path / "upper", tmp_path / "dest"
+    upper.mkdir()
+    for name in ("mapped", "open"):
+        (upper / name).write_bytes(bytes(8192))
+    with (upper / "sparse").open("wb") as file:
+        file.truncate(1 << 40)
+    report = saved_whole(
+        upper,
+        dest,
+        monkeypatch,
+        *(Held(name, 7, "app", "mapped") for name in ("mapped", "sparse")),
+        Held("open", 7, "app", "open"),
+        shared={"mapped", "sparse"},
+        limit=4096,
+    )
+    assert report.own_files == ("sparse",)
+    (warning,) = report.warnings
+    assert warning.startswith("app (pid 7) has /mapped mapped, 8192 bytes")
+
+
+@pytest.mark.parametrize("only", [[], ["gone", "file/below", "link", "directory"]])
+def test_above_a_whole_layer_nothing_else_is_laid(tmp_path: Path, only: list[str]) -> None:
+    """Neither where nothing was noted, as older revisions left it, nor what is no file."""
+    (tmp_path / "dest/directory").mkdir(parents=True)
+    (tmp_path / "dest/file").touch()
+    (tmp_path / "dest/link").symlink_to("/etc/passwd")
+    (tmp_path / "own").mkdir()
+    held.lay(tmp_path / "dest", tmp_path / "own", id_base=os.getuid(), only=only)
+    assert names_below(tmp_path / "own") == set()
+
+
+@pytest.mark.parametrize("name", ["../etc/passwd", "a/%2e%2e/b", "/etc/passwd", "a//b", "."])
+def test_a_name_that_leads_out_of_the_layer_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "dest").mkdir()
+    with pytest.raises(Untrusted, match="no path of a held file"):
+        held.lay(tmp_path / "dest", tmp_path / "own", id_base=os.getuid(), only=[name])
+
+
 def test_a_copy_that_nobody_wants_any_more_ends(tmp_path: Path) -> None:
     (tmp_path / "layer").mkdir()
     (tmp_path / "layer/large").write_bytes(bytes(200 << 20))
@@ -272,6 +411,14 @@ def test_a_directory_renamed_meanwhile_is_left_out(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Copier, "directory", renamed_first)
     held.add_directories(upper, dest, id_base=os.getuid())
     assert [path.name for path in dest.iterdir()] == ["kept"]
+
+
+def test_sockets_with_newlines_in_their_names(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as abstract, socket.socket(socket.AF_UNIX) as named:
+        abstract.bind("\0a\nb /c\n")
+        named.bind(str(tmp_path / "a\nb"))
+        (one,) = found("bound socket", tmp_path / "a\nb")
+        assert not one.deleted
 
 
 def test_a_connection_closed_under_our_eyes_holds_nothing(
