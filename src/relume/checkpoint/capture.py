@@ -523,7 +523,7 @@ def _free(shelf: Shelf) -> int:
 
 
 def _legible(value: Any) -> Any:
-    """``value`` as JSON that everybody reads: a name need be no UTF-8, and Python's stand-ins for its bytes are none."""
+    """``value`` as JSON that everybody reads: a name need be no UTF-8, and the surrogates in its place are no text."""
     match value:
         case str():
             return value.encode(errors="surrogateescape").decode(errors="replace")
