@@ -1,4 +1,4 @@
-"""The error lines of CRIU 4.1 to 4.2 that a user can do something about, and what that is.
+"""The error lines of CRIU 4.2 that a user can do something about, and what that is.
 
 Each rule is a regular expression for the text after ``Error (FILE:LINE): ``; ``what`` and ``hint`` may use its
 named groups. A group ``pid`` is a host pid. The file behind each rule says where CRIU prints it; one line of
@@ -184,6 +184,7 @@ DUMP = (
         "let it run, or stop all",
         "busy",
     ),
+    # One whose main thread ended for good is found before the freeze (preflight.py): this one is about to end.
     _rule(
         r"Zombie thread not supported|Zombies with threads", "is ending just now", "it is tried again", "busy"
     ),
@@ -255,6 +256,20 @@ DUMP = (
         "is connected by a unix socket to a process outside of the container",
         _CLOSE,
     ),
+    # criu/cr-dump.c, dump_task_kobj_ids; "IO" is what it says of signal handlers
+    *(
+        _rule(
+            rf"Can't make {kind} id for (?P<pid>\d+)",
+            f"shares its {shared} with a process of which it is no thread",
+            f"start it by fork, or as a thread: clone with {flag} and without CLONE_THREAD cannot be saved",
+        )
+        for kind, shared, flag in (
+            ("VM", "memory", "CLONE_VM"),
+            ("FS", "working directory", "CLONE_FS"),
+            ("FILES", "descriptors", "CLONE_FILES"),
+            ("IO", "signal handlers", "CLONE_SIGHAND"),
+        )
+    ),
     # criu/cr-dump.c
     _rule(
         r"Can't get rlimit \d+: Operation not permitted",
@@ -271,7 +286,7 @@ RESTORE = (
     _rule(
         r"Can't open file (?P<path>.*?) on restore: No such file",
         "/{path} is missing: it was open or mapped at the checkpoint",
-        "keep such files in the image or in /persistent-storage; take a new checkpoint if they changed",
+        "what is held at a checkpoint must keep its name, in /persistent-storage too; take a new checkpoint",
         "engine",
     ),
     _rule(

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import os
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +29,9 @@ __all__ = ["Culprit", "Estimate", "estimate", "examine"]
 
 GHOST_LIMIT = 1 << 30
 """Bytes of a deleted open file that CRIU takes into its images, as we set it (``ghost-limit``)."""
+
+_A_MOMENT = 0.02
+"""Seconds in which a thread that is about to end is seen to."""
 
 _MEM, _MISC = 1, 10  # major numbers: Documentation/admin-guide/devices.txt
 _TTYS = frozenset({4, 5, *range(136, 144)})
@@ -121,6 +125,8 @@ def examine(
     init = min(statuses, key=lambda pid: (len(statuses[pid].pids), statuses[pid].pids[-1]))
     level = len(statuses[init].pids) - 1
     try:
+        if statuses[init].state == "Z" and _headless(init):  # it has no root to look at
+            return [Culprit(statuses[init].pids[level], statuses[init].name, *_HEADLESS)]
         at_home = Path(f"/proc/{init}/root").samefile(rootfs)
     except proc.GONE:
         return []
@@ -157,6 +163,8 @@ class _Examination:
 
     def process(self, pid: int, status: proc.Status) -> Iterator[Finding]:
         if status.state == "Z":
+            if _headless(pid):
+                yield _HEADLESS
             return
         for tracer in proc.tracers(pid):
             yield self._traced(tracer)
@@ -217,13 +225,7 @@ class _Examination:
         if target.startswith("/dev/") and not target.startswith(("/dev/shm/", "/dev/zero")):
             yield from self._device(f"/proc/{pid}/fd/{fd}", target)
         if target.endswith(proc.DELETED):
-            size = Path(f"/proc/{pid}/fd/{fd}").stat().st_blocks * 512
-            if size > GHOST_LIMIT and not target.startswith(_KERNEL_FILES):
-                yield (
-                    f"holds the deleted file {target.removesuffix(proc.DELETED)} of {size} bytes;"
-                    f" the limit is {GHOST_LIMIT} bytes",
-                    "close it before the request, or give it a name",
-                )
+            yield from _ghost(f"/proc/{pid}/fd/{fd}", target)
         if target.startswith(_KERNEL_FILES):
             return
         if target in self._inside:
@@ -264,6 +266,9 @@ class _Examination:
         yield f"holds the device {target}", "close it before the request"
 
     def _mapping(self, link: str, name: str) -> Iterator[Finding]:
+        # Of a mapped file on a hugetlbfs CRIU takes the memory, and no file (criu/proc_parse.c, handle_vma).
+        if name.endswith(proc.DELETED) and not name.startswith("/dev/hugepages/"):
+            yield from _ghost(link, name)
         if name.startswith("/secretmem"):
             yield _SECRET
         elif name.startswith("anon_inode:"):
@@ -281,8 +286,23 @@ class _Examination:
         fields = dict(line.split(":\t", 1) for line in info.splitlines() if ":\t" in line)
         if int(fields.get("flags", "0"), 8) & os.O_EXCL:  # PIDFD_THREAD of linux/pidfd.h
             yield "holds a pidfd of a thread", "use pidfds of processes, or close it before the request"
-        elif int(fields.get("Pid", "-1")) not in (self._pids | {-1}):
+        elif self._outside(int(fields.get("Pid", "-1"))):
             yield "holds a pidfd of a process outside of the container", "close it before the request"
+
+    def _outside(self, pid: int) -> bool:
+        """Whether it is no process of the container: CRIU wants it in the tree that it dumps (criu/pidfd.c).
+
+        Zombies, and what was forked since the pass began, are in the tree and not in ``_pids``: so a parent
+        of theirs must be. One that is gone (the kernel says -1) does no harm.
+        """
+        try:
+            while pid not in self._pids:
+                if pid < 1:
+                    return pid == 0  # in no pid namespace that we see, or the end of the line
+                pid = proc.parent(pid)
+        except proc.GONE:
+            pass
+        return False
 
     def _watches(self, info: str) -> Iterator[Finding]:
         if unusable_watches(self._rootfs, self._root_device, info):
@@ -303,7 +323,34 @@ _ANOTHER_ROOT = (
     "is the container's first process and has changed its root (chroot)",
     'start it below another process, as entrypoint = ["sh", "-c", "PROGRAM & wait"] does, or switch its chroot off',
 )
+_HEADLESS = (
+    "still has threads though its main thread has ended (pthread_exit in main)",
+    "let main wait for its threads",
+)
 _TOO_LONG = (f"holds {proc.TOO_LONG}", "close it before the request, or keep it nearer to the root")
+
+
+def _headless(pid: int) -> bool:
+    """Whether the main thread of this zombie has ended and others go on, for which CRIU has no images.
+
+    Looked at twice: a thread that calls execve(2) waits for all others to end and takes the main thread's
+    place then (de_thread of fs/exec.c), and one that ends still has its memory for a moment.
+    """
+    if not proc.threads_going_on(pid):
+        return False
+    time.sleep(_A_MOMENT)
+    return proc.status(pid).state == "Z" and bool(proc.threads_going_on(pid))
+
+
+def _ghost(link: str, target: str) -> Iterator[Finding]:
+    """Of a deleted file, open or mapped (``link`` leads to it): whether it is more than CRIU takes."""
+    size = Path(link).stat().st_blocks * 512
+    if size > GHOST_LIMIT and not target.startswith(_KERNEL_FILES):
+        yield (
+            f"holds the deleted file {target.removesuffix(proc.DELETED)} of {size} bytes;"
+            f" the limit is {GHOST_LIMIT} bytes",
+            "close and unmap it before the request, or give it a name",
+        )
 
 
 def _kind(name: str) -> Finding:

@@ -26,6 +26,12 @@ TOO_LONG = "(a path of more than 4096 bytes)"
 
 _MAPPING = re.compile(rb"^([0-9a-f]+-[0-9a-f]+) \S+ \S+ \S+ \d+ +(\S.*)$", re.MULTILINE)
 _OCTAL = re.compile(rb"\\([0-7]{3})")
+# Num: RefCount Protocol Flags Type St Inode Path, as proc_net_unix of the kernel's net/unix/af_unix.c has it.
+_UNIX_SOCKET = re.compile(
+    rb"[0-9a-f]+: [0-9A-F]{8} [0-9A-F]{8} ([0-9A-F]{8}) [0-9A-F]{4} ([0-9A-F]{2}) +([0-9]+)(?: (.*))?"
+)
+_SIGKILL = 1 << 8
+"""Signal 9 in a mask of /proc/PID/status."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ class Status:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UnixSocket:
-    """One line of /proc/PID/net/unix; ``path`` as given to bind(2), "@..." when abstract, "" when unbound."""
+    """One entry of /proc/PID/net/unix; ``path`` as given to bind(2), "@..." when abstract, "" when unbound."""
 
     inode: int
     listening: bool
@@ -214,6 +220,29 @@ def tracers(pid: int) -> set[int]:
     return found
 
 
+def parent(pid: int) -> int:
+    """Its parent, which a zombie has too; 0 when that one is in no pid namespace that we see."""
+    return int(status_fields(pid)["PPid"])
+
+
+def threads_going_on(pid: int) -> list[int]:
+    """Its threads that have neither ended nor are about to.
+
+    What ends has no memory any more: a zombie, and a thread that takes apart the memory of its process, which
+    can last for seconds (do_exit of kernel/exit.c: exit_mm comes first). What will end because its process
+    does (exit_group(2)) has SIGKILL pending for itself alone.
+    """
+    found = []
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        try:
+            fields = _fields(f"/proc/{pid}/task/{thread}/status")
+        except GONE:
+            continue
+        if "VmSize" in fields and not int(fields["SigPnd"], 16) & _SIGKILL:
+            found.append(int(thread))
+    return found
+
+
 def exists(pid: int) -> bool:
     """Whether there is such a process in our pid namespace."""
     return Path(f"/proc/{pid}").exists()
@@ -225,15 +254,18 @@ def namespace(pid: int, kind: str) -> int:
 
 
 def unix_sockets(pid: int) -> list[UnixSocket]:
-    """Every unix socket of its network namespace (proc_pid_net(5))."""
-    found = []
-    with open(f"/proc/{pid}/net/unix", "rb") as lines:
-        next(lines)
-        for line in lines:
-            fields = line.rstrip(b"\n").split(b" ", 7)
-            # Num: RefCount Protocol Flags Type St Inode Path; the inode is padded to five columns.
-            *_, flags, _kind, state = fields[:6]
-            inode, _, path = line.rstrip(b"\n").split(b" ", 6)[6].lstrip().partition(b" ")
+    """Every unix socket of its network namespace (proc_pid_net(5)).
+
+    The kernel writes names as they are, and a name may have newlines in it (``"\\0" + os.urandom(16)``): a line
+    that is no entry goes on with the name before. A program can choose a name whose second line looks like an
+    entry, so what is said here of a socket is its program's word, to be asked of the socket itself.
+    """
+    found: list[UnixSocket] = []
+    with open(f"/proc/{pid}/net/unix", "rb") as file:
+        table = file.read()
+    for line in table.split(b"\n")[1:-1]:
+        if entry := _UNIX_SOCKET.fullmatch(line):
+            flags, state, inode, path = entry.groups(default=b"")
             found.append(
                 UnixSocket(
                     inode=int(inode),
@@ -242,6 +274,8 @@ def unix_sockets(pid: int) -> list[UnixSocket]:
                     path=os.fsdecode(path),
                 )
             )
+        elif found:
+            found[-1] = dataclasses.replace(found[-1], path=f"{found[-1].path}\n{os.fsdecode(line)}")
     return found
 
 

@@ -74,6 +74,17 @@ REFUSED = {
     "user namespace": ("in_child(0x10000000)", "user namespace"),
     "pid namespace": ("in_child(0x20000000)", "pid namespace"),
     "cgroup namespace": ("in_child(0x2000000)", "cgroup namespace"),
+    "main thread ended": (
+        "import threading\nchild = os.fork()\nif child == 0:\n"
+        "  threading.Thread(target=time.sleep, args=(100,)).start()\n  libc.pthread_exit(None)\n"
+        "while 'State:\tZ' not in open(f'/proc/{child}/status').read(): time.sleep(0.01)",
+        "its main thread has ended",
+    ),
+    "large deleted file, mapped": (
+        'fd = os.open("/tmp/relume-large", os.O_RDWR | os.O_CREAT); os.posix_fallocate(fd, 0, 1100 << 20);'
+        'os.unlink("/tmp/relume-large"); libc.mmap(None, 4096, 1, 1, fd, ctypes.c_long(0)); os.close(fd)',
+        "holds the deleted file /tmp/relume-large",
+    ),
     "time namespace": ("libc.unshare(0x80)", "time namespace"),
 }
 
@@ -167,7 +178,7 @@ def test_refused_by_both(plain: Plain, words: str, tmp_path: Path) -> None:
     status, log = plain.dump(tmp_path)
     assert status != 0
     told = criulog.explain(log, who=lambda pid: (pid, "python3"))
-    assert told.kind == "unsupported", told
+    assert told.kind in ("unsupported", "busy"), told
     assert told.culprits[0].process == "python3"
     assert told.culprits[0].pid in {culprit.pid for culprit in culprits}, (told, culprits)
 

@@ -80,6 +80,10 @@ ABOUT_ONE = [
     ("(00.02) Error (criu/seize.c:952): Individually stopped threads not supported", "single stopped thread"),
     ("(00.02) Error (criu/seize.c:939): Zombie thread not supported", "is ending just now"),
     (
+        "(00.02) Error (criu/seize.c:882): Zombies with threads are not supported",
+        "is ending just now",
+    ),
+    (
         "(00.02) Error (criu/pidfd.c:97): pidfd: pidfd pid 1 is not a part of process tree..",
         "outside of the container",
     ),
@@ -120,6 +124,10 @@ ABOUT_ONE = [
         "(00.02) Error (criu/cr-dump.c:477): Task 4711 with SysVIPC shmem map @7f doesn't live in IPC ns",
         "System V memory",
     ),
+    ("(00.02) Error (criu/cr-dump.c:669): Can't make VM id for 4711", "shares its memory with"),
+    ("(00.02) Error (criu/cr-dump.c:676): Can't make FS id for 4711", "shares its working directory with"),
+    ("(00.02) Error (criu/cr-dump.c:683): Can't make FILES id for 4711", "shares its descriptors with"),
+    ("(00.02) Error (criu/cr-dump.c:690): Can't make IO id for 4711", "shares its signal handlers with"),
 ]
 
 ABOUT_ALL = [
@@ -289,6 +297,24 @@ def test_lines_about_no_process(line: str, kind: str, words: str) -> None:
     assert words in told.reason
     assert told.hint
     assert "worker" not in told.reason
+
+
+def test_what_lasts_is_not_tried_again() -> None:
+    kinds = {
+        line: criulog.explain_text(f"(00.02) Error (criu/a.c:1): {line}\n", who=who).kind
+        for line in (
+            "Can't make VM id for 4711",
+            "Zombies with threads are not supported",
+            "Zombie thread not supported",
+        )
+    }
+    assert list(kinds.values()) == ["unsupported", "busy", "busy"]
+
+
+def test_the_pid_in_the_line_counts() -> None:
+    line = "(00.02) Error (criu/cr-dump.c:669): Can't make VM id for 12"
+    told = criulog.explain_text(FAILED.format(line=line), who=lambda pid: (3, "twin") if pid == 12 else None)
+    assert told.culprits[0].pid == 3
 
 
 def test_every_rule_has_its_line() -> None:

@@ -236,6 +236,52 @@ def test_reseed_reaches_numpy_and_torch_when_they_are_loaded(monkeypatch: pytest
     assert {"numpy", "torch"} <= set(result.done)
 
 
+def raises(*_: object) -> None:
+    raise RuntimeError("half a module")
+
+
+@pytest.mark.parametrize("name", ["random", "numpy.random", "torch", "_ssl"])
+@pytest.mark.parametrize("kind", ["forbidden", "no function", "a value", "raises"])
+def test_a_module_that_is_none_does_not_end_a_copy(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+    import types
+
+    called = {"random": "random", "numpy.random": "numpy", "torch": "torch", "_ssl": "openssl"}[name]
+    module = types.ModuleType(name)
+    if kind == "raises":
+        module.__dict__.update(seed=raises, RAND_add=raises)
+    entry = {"forbidden": None, "a value": 7}.get(kind, module)
+    monkeypatch.setitem(sys.modules, name, entry)  # type: ignore[arg-type]
+    result = sdk.reseed()
+    monkeypatch.undo()
+    told = capsys.readouterr().err
+    assert called not in result.done
+    assert {"random", "openssl"} - {called} <= set(result.done), "the others are"
+    assert any("hash seed" in note for note in result.notes)
+    if kind == "forbidden":  # sys.modules["torch"] = None: not loaded, and it says so
+        assert told == ""
+    else:
+        (line,) = told.splitlines()
+        assert line.startswith(f"relume: {called}: could not be reseeded (")
+        assert line.removeprefix("relume: ") in result.notes
+    if kind == "raises":
+        assert "RuntimeError: half a module" in told
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_reseed_says_nothing_where_there_is_no_stderr(closed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+    import sys
+
+    stderr = io.StringIO()
+    stderr.close()
+    monkeypatch.setattr(sys, "stderr", stderr if closed else None)
+    monkeypatch.setitem(sys.modules, "torch", 7)  # type: ignore[arg-type]
+    assert "torch" not in sdk.reseed().done
+
+
 def test_modules_that_are_not_loaded_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -70,6 +70,83 @@ def test_unix_sockets(tmp_path: Path) -> None:
         assert (other.path, other.listening, other.connected) == ("", False, True)
 
 
+ENTRY = "0000000000000000: 00000002 00000000 00010000 0001 01"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "\0line\nbreak",
+        "\0\nfirst",
+        "\0last\n\n",
+        "\0a\n\nb c\n: 1",
+        f"\0{ENTRY} -1 x\ny",
+        b"\0\n\xff\x80",
+        b"\0\n" * 50,
+        "{}/line\nbreak",
+    ],
+)
+def test_unix_sockets_with_newlines_in_their_names(name: str | bytes, tmp_path: Path) -> None:
+    """The kernel writes names as they are, but for a zero byte, in whose place it has an @."""
+    name = name.format(tmp_path) if isinstance(name, str) else name
+    with socket.socket(socket.AF_UNIX) as odd, socket.socket(socket.AF_UNIX) as plain:
+        odd.bind(name)
+        odd.listen()
+        plain.bind(str(tmp_path / "plain"))
+        sockets = {each.inode: each for each in proc.unix_sockets(ME)}
+        found = sockets[os.fstat(odd.fileno()).st_ino]
+        assert (found.path, found.listening) == (os.fsdecode(name).replace("\0", "@"), True)
+        assert sockets[os.fstat(plain.fileno()).st_ino].path == str(tmp_path / "plain")
+
+
+def test_a_name_that_looks_like_an_entry_is_read_as_one() -> None:
+    with socket.socket(socket.AF_UNIX) as odd:
+        odd.bind(f"\0a\n{ENTRY}     1 /etc/b")
+        sockets = {each.inode: each for each in proc.unix_sockets(ME)}
+        assert sockets[os.fstat(odd.fileno()).st_ino].path == "@a"
+        assert sockets[1].path == "/etc/b"
+
+
+def test_threads_that_go_on() -> None:
+    started, done = threading.Event(), threading.Event()
+    found: list[int] = []
+
+    def thread() -> None:
+        found.append(threading.get_native_id())
+        started.set()
+        done.wait()
+
+    one = threading.Thread(target=thread, daemon=True)
+    one.start()
+    started.wait()
+    assert {ME, *found} <= set(proc.threads_going_on(ME))
+    done.set()
+    one.join()
+    zombie = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+    assert proc.threads_going_on(zombie.pid) == []
+    assert proc.parent(zombie.pid) == ME
+    zombie.wait()
+
+
+@pytest.mark.parametrize(
+    ("lines", "goes_on"),
+    [
+        ("State:\tS (sleeping)\nVmSize:\t 9 kB\nSigPnd:\t0000000000000000\n", True),
+        ("State:\tS (sleeping)\nVmSize:\t 9 kB\nSigPnd:\t0000000000000200\n", True),
+        ("State:\tD (disk sleep)\nVmSize:\t 9 kB\nSigPnd:\t0000000000000100\n", False),
+        ("State:\tR (running)\nSigPnd:\t0000000000000000\n", False),
+    ],
+    ids=["sleeps", "another signal", "told to end", "takes its memory apart"],
+)
+def test_threads_that_end(lines: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = tmp_path / "status"
+    table.write_text(lines)
+    real = open
+    monkeypatch.setattr("builtins.open", lambda path, *rest: real(table, *rest))
+    assert bool(proc.threads_going_on(ME)) is goes_on
+
+
 def test_memory_grows_by_what_is_written() -> None:
     before = proc.memory(ME)["Anonymous"]
     size = 32 << 20

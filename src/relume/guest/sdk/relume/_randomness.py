@@ -7,9 +7,11 @@ affected.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from typing import NamedTuple
+import traceback
+from typing import Any, NamedTuple
 
 _NOTES = (
     "hash seed: fixed when a Python process starts, so hash() of a str is equal in every copy",
@@ -20,7 +22,7 @@ _NOTES = (
 
 
 class Reseeded(NamedTuple):
-    """What ``reseed`` did: the generators it reseeded, and what no call can do, in words."""
+    """What ``reseed`` did: the generators it reseeded; and, in words, what it could not and no call can do."""
 
     done: tuple[str, ...]
     notes: tuple[str, ...] = _NOTES
@@ -38,19 +40,43 @@ def reseed() -> Reseeded:
 
     Modules that are not loaded are left alone. A generator that was seeded for repeatable results is
     reseeded as well: seed it again afterwards.
+
+    Never raises: under these names an app may have modules of its own, stand-ins, or ones half imported, and a
+    generator that cannot be reseeded is no reason for a copy to die. It is not in ``done`` but in ``notes``,
+    and told on stderr.
     """
     done = []
-    if "random" in sys.modules:
-        sys.modules["random"].seed()
-        done.append("random")
-    if "numpy.random" in sys.modules:
-        sys.modules["numpy.random"].seed()
-        done.append("numpy")
-    if "torch" in sys.modules:
-        sys.modules["torch"].seed()
-        done.append("torch")
-    if "_ssl" in sys.modules:
-        fresh = os.urandom(64)
-        sys.modules["_ssl"].RAND_add(fresh, float(len(fresh)))
-        done.append("openssl")
-    return Reseeded(tuple(done))
+    failed = []
+    for name, module_name, reseed_it in _GENERATORS:
+        module = sys.modules.get(module_name)
+        if module is None:  # not loaded, or never to be: None in sys.modules forbids an import
+            continue
+        try:
+            reseed_it(module)
+        except Exception as error:
+            why = traceback.format_exception_only(type(error), error)[-1].strip()
+            failed.append(f"{name}: could not be reseeded ({why})")
+        else:
+            done.append(name)
+    for note in failed:
+        # An app may have closed its stderr, or put anything in its place.
+        with contextlib.suppress(Exception):
+            sys.stderr.write(f"relume: {note}\n")
+    return Reseeded(tuple(done), _NOTES + tuple(failed))
+
+
+def _seed(module: Any) -> None:
+    module.seed()
+
+
+def _add_entropy(module: Any) -> None:
+    fresh = os.urandom(64)
+    module.RAND_add(fresh, float(len(fresh)))
+
+
+_GENERATORS = (
+    ("random", "random", _seed),
+    ("numpy", "numpy.random", _seed),
+    ("torch", "torch", _seed),
+    ("openssl", "_ssl", _add_entropy),
+)
