@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -352,16 +351,19 @@ async def test_a_killed_builder_is_cleaned_up_after(builder: Builder, write: Wri
         show = lambda line: print(line, flush=True)
         asyncio.run(Builder(Path({str(ROOT)!r})).build(app, load_app(app), progress=show))
     """)
-    child = subprocess.Popen(  # noqa: ASYNC220
+    with subprocess.Popen(  # noqa: ASYNC220
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    assert any(line.strip() == "started" for line in child.stdout)
-    await builder.clean()
-    assert _running("4712"), "clean must leave the builds of living processes alone"
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
+    ) as child:
+        try:
+            assert child.stdout is not None
+            assert any(line.strip() == "started" for line in child.stdout)
+            async with asyncio.timeout(10):
+                while not _running("4712"):  # noqa: ASYNC110  (it says so before it becomes the command)
+                    await asyncio.sleep(0.01)
+            await builder.clean()
+            assert _running("4712"), "clean must leave the builds of living processes alone"
+        finally:
+            child.kill()
     await builder.clean()
     assert not _running("4712")
     assert nothing_left()
