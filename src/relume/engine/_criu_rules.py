@@ -184,9 +184,15 @@ DUMP = (
         "let it run, or stop all",
         "busy",
     ),
-    # One whose main thread ended for good is found before the freeze (preflight.py): this one is about to end.
+    _rule(r"Zombie thread not supported", "is ending just now", "it is tried again", "busy"),
+    # One whose main thread ended for good is found before the freeze (preflight.py): this one is about to end. CRIU
+    # does not say which.
     _rule(
-        r"Zombie thread not supported|Zombies with threads", "is ending just now", "it is tried again", "busy"
+        r"Zombies with threads",
+        "a process is ending just now",
+        "it is tried again",
+        "busy",
+        names_process=False,
     ),
     _rule(
         r"Unable to freeze cgroup",

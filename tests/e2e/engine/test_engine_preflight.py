@@ -32,6 +32,8 @@ def in_child(flags):
         time.sleep(100)
 """
 
+HEADLESS = "its main thread has ended"
+
 # Numbers of system calls are those of x86_64 where they differ.
 REFUSED = {
     "io_uring": ("ring = call(425, 4, ctypes.create_string_buffer(120))", "io_uring ring"),
@@ -78,7 +80,7 @@ REFUSED = {
         "import threading\nchild = os.fork()\nif child == 0:\n"
         "  threading.Thread(target=time.sleep, args=(100,)).start()\n  libc.pthread_exit(None)\n"
         "while 'State:\tZ' not in open(f'/proc/{child}/status').read(): time.sleep(0.01)",
-        "its main thread has ended",
+        HEADLESS,
     ),
     "large deleted file, mapped": (
         'fd = os.open("/tmp/relume-large", os.O_RDWR | os.O_CREAT); os.posix_fallocate(fd, 0, 1100 << 20);'
@@ -178,7 +180,10 @@ def test_refused_by_both(plain: Plain, words: str, tmp_path: Path) -> None:
     status, log = plain.dump(tmp_path)
     assert status != 0
     told = criulog.explain(log, who=lambda pid: (pid, "python3"))
-    assert told.kind in ("unsupported", "busy"), told
+    if words == HEADLESS:  # CRIU takes it for one that is ending, and does not say which
+        assert told.kind == "busy", told
+        return
+    assert told.kind == "unsupported", told
     assert told.culprits[0].process == "python3"
     assert told.culprits[0].pid in {culprit.pid for culprit in culprits}, (told, culprits)
 

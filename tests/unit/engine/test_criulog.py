@@ -80,10 +80,6 @@ ABOUT_ONE = [
     ("(00.02) Error (criu/seize.c:952): Individually stopped threads not supported", "single stopped thread"),
     ("(00.02) Error (criu/seize.c:939): Zombie thread not supported", "is ending just now"),
     (
-        "(00.02) Error (criu/seize.c:882): Zombies with threads are not supported",
-        "is ending just now",
-    ),
-    (
         "(00.02) Error (criu/pidfd.c:97): pidfd: pidfd pid 1 is not a part of process tree..",
         "outside of the container",
     ),
@@ -131,6 +127,11 @@ ABOUT_ONE = [
 ]
 
 ABOUT_ALL = [
+    (
+        "(00.02) Error (criu/seize.c:882): Zombies with threads are not supported",
+        "busy",
+        "a process is ending just now",
+    ),
     (
         "(00.5) Error (criu/include/util.h:211): Can't open 11260/pagemap on procfs: No such process",
         "engine",
