@@ -40,6 +40,10 @@ class Memory:
         self.owed: dict[int, int] = {}
         self.events: deque[Message] = deque()
         self.changing = False
+        """An event is queued, or its cause has not gone on yet."""
+        self.delay = 1
+        """How often the kernel still answers so once the events were read: their cause has to wake first."""
+        self.waking = 0
         self.dead = False
         self.boundaries: set[int] = set()
         self.meanwhile: Callable[[], None] | None = None
@@ -49,7 +53,15 @@ class Memory:
         child = Memory()
         child.mapped, child.present, child.owed = set(self.mapped), dict(self.present), dict(self.owed)
         child.boundaries = set(self.boundaries)
+        child.delay = self.delay
         return child
+
+    def is_changing(self) -> bool:
+        """What the kernel says to one who asks now, or wants to give something."""
+        if not self.changing and self.waking:
+            self.waking -= 1
+            return True
+        return self.changing
 
 
 class Kernel:
@@ -62,7 +74,8 @@ class Kernel:
         memory = self.memories[descriptor]
         found = list(memory.events)
         memory.events.clear()
-        memory.changing = False
+        if memory.changing:
+            memory.changing, memory.waking = False, memory.delay
         return found
 
     def copy(self, descriptor: int, destination: int, source: int, length: int) -> tuple[int, int]:
@@ -75,7 +88,7 @@ class Kernel:
         memory = self.memories[descriptor]
         if memory.dead:
             return errno.ESRCH
-        if memory.changing:
+        if memory.is_changing():
             return errno.EAGAIN
         return self._placed(memory, range(start // PAGE, (start + length) // PAGE))
 
@@ -89,14 +102,14 @@ class Kernel:
         memory = self.memories[descriptor]
         if memory.dead:
             return Condition.GONE
-        return Condition.CHANGING if memory.changing else Condition.QUIET
+        return Condition.CHANGING if memory.is_changing() else Condition.QUIET
 
     def _give(self, descriptor: int, start: int, length: int, source: int | None) -> tuple[int, int]:
         memory = self.memories[descriptor]
         pages = range(start // PAGE, (start + length) // PAGE)
         if memory.dead:
             return 0, errno.ESRCH
-        if memory.changing:
+        if memory.is_changing():
             return 0, errno.EAGAIN
         if error := self._placed(memory, pages):
             return 0, error

@@ -38,6 +38,9 @@ _READS_AHEAD_OF_CRIU = 3
 _RETRIES = 200
 _RETRY_SECONDS = 0.0005
 _FILL_AHEAD_BYTES = 16 << 20
+_FILL_RANGES = 64
+"""What one step of the fill has at most: a fault waits for it, and of small ones each takes longer than its copying."""
+
 _FILL_LOOK_SECONDS = 1.0
 """Between the looks of a fill that has nothing to do: what others bring in and cannot give is to come again."""
 
@@ -107,6 +110,7 @@ class Replay:
         self._done = done
         self._failed = failed
         self._lock = threading.Lock()
+        self._started = False
         self._running = 0
         self._began = 0.0
 
@@ -116,8 +120,9 @@ class Replay:
 
     def start(self, space_of: Callable[[int], AddressSpace | None]) -> None:
         """Starts the threads; ``space_of`` gives the process of a pages_id, None while CRIU has not named it."""
-        if self._running:
+        if self._started:
             return
+        self._started = True
         self._running = self._threads
         for number in range(self._threads):
             self._spawn(f"replay-{number}", lambda: self._work(space_of))
@@ -283,7 +288,11 @@ class Fill:
         while True:
             step: list[Range] = []
             size = self._pace.polite_step
-            while size > 0 and (following := space.next_pending(position)) is not None:
+            while (
+                size > 0
+                and len(step) < _FILL_RANGES
+                and (following := space.next_pending(position)) is not None
+            ):
                 part = following.cut(following.start, following.start + size)
                 if part.offset >= ahead or part.offset < ahead - 2 * _FILL_AHEAD_BYTES:
                     space.source.prefetch(part.offset, _FILL_AHEAD_BYTES)

@@ -77,7 +77,7 @@ class Pager:
         self._host_pids: list[int] = []
         self._noting: threading.Thread | None = None
         self._hungry: set[AddressSpace] = set()
-        """Those with faults to be served."""
+        """Those with faults to be served, or of which something is to be asked soon."""
         self._returned: deque[AddressSpace] = deque()
         """Those for which a thread that may wait could not serve one."""
         self._totals = Counters()
@@ -91,6 +91,8 @@ class Pager:
         self._layouts: dict[int, RangeMap] = {}
         self._wiped: dict[int, RangeMap] = {}
         self._by_pages: dict[int, AddressSpace] = {}
+        self._met_criu = False
+        """Whether a CRIU has come, which is to name the processes."""
         self._restored_at: float | None = None
         self._recording = True
         self._answered = False
@@ -240,6 +242,7 @@ class Pager:
         connection = lazy_socket.Connection(server)
         self._unwatch(server)
         server.close()
+        self._met_criu = True
         self._watch(connection.socket, lambda: self._criu(connection))
 
     def _criu(self, connection: lazy_socket.Connection) -> None:
@@ -308,6 +311,7 @@ class Pager:
         self._hungry.add(space)
         for child in space.read():
             self._watch_space(child)
+            self._hungry.add(child)  # what is doubtful in its parent is so in it
             if self._fill:
                 self._fill.nudge()
 
@@ -317,10 +321,12 @@ class Pager:
             outcome = space.serve(address, wait=False)
             if outcome is Served.SLOW:
                 space.asked.add(address)
-                self._slow.put((space, address))
-            if outcome is not Served.LATER:
+                # Before it is handed away: whoever cannot serve it puts it back there.
                 space.waiting.discard(address)
-        if not space.waiting and (space.dead or not space.doubtful):
+                self._slow.put((space, address))
+            elif outcome is not Served.LATER:
+                space.waiting.discard(address)
+        if not space.waiting and not space.unsettled:
             self._hungry.discard(space)
 
     def _serve_slow(self) -> None:
@@ -508,6 +514,8 @@ class Pager:
             # memory is needed all the same.
             self._unwatch(self._control)
             self._control = None
+            if not self._met_criu:
+                raise PagerError(CRIU_ENDED, hint="its keeper was killed before that")
             self._probe()
             return
         *lines, self._commands = (self._commands + received).split(b"\n")

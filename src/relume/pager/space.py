@@ -34,6 +34,9 @@ MAXIMUM_WINDOW = 256 * PAGE_SIZE
 _STREAMS = 16
 """Places of sequential access remembered per process."""
 
+_ASKS = 64
+"""How often the kernel is asked what is mapped while messages wait: for a millisecond at most."""
+
 _MEMORY_PAUSE_SECONDS = 1.0
 """After what time without an attempt nobody has waited for memory."""
 
@@ -201,6 +204,7 @@ class AddressSpace:
             source=self.source,
             wiped=self.wiped.copy(),
             on_copy=self.on_copy,
+            doubtful=list(self.doubtful),
         )
 
     def _remap(self, source: int, destination: int, length: int) -> None:
@@ -239,43 +243,64 @@ class AddressSpace:
         if self._moved.total:
             self._moved = RangeMap()
 
-    def settle(self) -> None:
-        """Asks whether what may have been unmapped is mapped, and forgets what is not.
+    @property
+    def unsettled(self) -> bool:
+        """Whether :meth:`settle` has something to ask, and is to be called again soon."""
+        return not self.dead and bool(self.doubtful or self._moved.total)
 
-        At once, whether or not the contents can be had: the less time passes, the less can come to lie in a place that
-        was unmapped. Raises PagerError.
+    def settle(self) -> None:
+        """Asks whether nothing is changing any more since a move, and whether what may have been unmapped is mapped.
+
+        Forgets what is not. At once, whether or not the contents can be had: the less time passes, the less can come to
+        lie in a place that was unmapped, and the earlier an UNMAP can only be a later one than the move. Where there is
+        much to ask, messages are not to wait: the rest is asked next time. For the thread that reads them. Raises
+        PagerError.
         """
-        while self.doubtful and not self.dead:
+        if self._moved.total:
+            self.probe()
+        asks = _ASKS
+        while self.doubtful and asks and not self.dead:
             each = self.doubtful.pop()
             with self.gate.copying():
-                decided = self._drop_unmapped(each)
+                decided, asks = self._drop_unmapped(each, asks)
             if decided < each.end:
                 self.doubtful.append(each.cut(decided, each.end))
                 return
 
-    def _drop_unmapped(self, doubtful: Range) -> int:
-        """Returns up to where it could be told; not further while something is changing, or being copied there."""
+    def _drop_unmapped(self, doubtful: Range, asks: int) -> tuple[int, int]:
+        """Returns up to where it could be told, and how many of ``asks`` are left.
+
+        Not further while something is changing, or being copied there.
+        """
         position, step = doubtful.start, doubtful.length
-        while position < doubtful.end:
+        while position < doubtful.end and asks:
+            asks -= 1
             step = min(step, doubtful.end - position)
             error = userfaultfd.ask(self.descriptor, position, step)
             if error == errno.ENOENT and step > PAGE_SIZE:
-                step = _half(step)  # not within one mapping
+                step = PAGE_SIZE  # not within one mapping; and doubled as long as it is
                 continue
+            if error == errno.ENOENT:
+                # Hardly a page is unmapped alone. Whether that is to be believed is asked once for all of them.
+                while asks and position + step < doubtful.end:
+                    asks -= 1
+                    if userfaultfd.ask(self.descriptor, position + step, PAGE_SIZE) != errno.ENOENT:
+                        break
+                    step += PAGE_SIZE
             if error and not (error == errno.ENOENT and self._is_unmapped()):
                 self._after(error, position)
-                return position
+                break
             self._seen_quiet()
             with self._lock:
                 if self._is_flying(position, position + step):
-                    return position
+                    break
                 if error:
                     self.pending.take(position, position + step)
             if error:
-                self._let_go(position)
+                self._let_go(position, step)
             position += step
             step *= 2
-        return position
+        return position, asks
 
     def _is_flying(self, start: int, end: int) -> bool:
         """Whether another thread is copying there; it may fail yet. To be asked with the lock held."""
@@ -470,10 +495,10 @@ class AddressSpace:
         """
         return self.restored and userfaultfd.condition(self.descriptor) is not Condition.CHANGING
 
-    def _let_go(self, address: int) -> None:
-        """Of a page that is mapped no more; whoever waits for it is to see that for himself."""
-        self.counters.dropped_bytes += PAGE_SIZE
-        self._wake(address)
+    def _let_go(self, address: int, length: int = PAGE_SIZE) -> None:
+        """Of what is mapped no more; whoever waits for it is to see that for himself."""
+        self.counters.dropped_bytes += length
+        self._wake(address, length)
 
     def _after(self, error: int, address: int) -> Served:
         """What an error means for the whole address space. Raises PagerError where the instance cannot go on."""
@@ -495,9 +520,9 @@ class AddressSpace:
             hint="see the kernel's log; the instance was killed, it must not run on without this page",
         )
 
-    def _wake(self, address: int) -> None:
+    def _wake(self, address: int, length: int = PAGE_SIZE) -> None:
         try:
-            userfaultfd.wake(self.descriptor, address, PAGE_SIZE)
+            userfaultfd.wake(self.descriptor, address, length)
         except OSError as error:
             if error.errno != errno.ESRCH:
                 raise

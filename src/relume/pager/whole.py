@@ -89,7 +89,10 @@ class Whole:
                 # What was moved meanwhile, or kept changing, is where the process says it is.
                 part = space.next_pending(0)
             if part is None:
-                break
+                if not space.lacking:
+                    break
+                time.sleep(_RETRY_SECONDS)  # somebody else copies the last of it, and may fail to
+                continue
             done = bring(space, [part], self._pace)
             if not done:
                 time.sleep(_RETRY_SECONDS)

@@ -62,6 +62,28 @@ def test_a_fill_looks_again_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         space.dead = True
 
 
+def test_a_step_of_the_fill_has_few_ranges() -> None:
+    """A fault waits for it; of single pages a step of 2 MiB would have 512."""
+    with kernel() as made:
+        space = restored(made, range(0))
+        for page in range(400):
+            space.pending.put(Range(2 * page * PAGE, (2 * page + 1) * PAGE, page * PAGE))
+        fill = background.Fill(None, background.Pace(), lambda: None, lambda error: None)
+        steps = list(fill._steps(space))
+        assert [part for step in steps for part in step] == list(space.pending)
+        assert max(map(len, steps)) <= 64
+
+
+def test_a_replay_is_over_once() -> None:
+    """CRIU names another process when all that was learned is in."""
+    over = threading.Semaphore(0)
+    replay = background.Replay([], set(), 2, background.Pace(), lambda _: over.release(), lambda error: None)
+    replay.start(lambda _: None)
+    assert over.acquire(timeout=5)
+    replay.start(lambda _: None)
+    assert not over.acquire(timeout=0.1)
+
+
 def test_steps_are_small_while_faults_come() -> None:
     pace = background.Pace()
     assert pace.step == background.STEP_BYTES

@@ -8,13 +8,15 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pager.miniature import BASE, PAGE, PAGES, Partly, kernel, restored
+from relume.errors import PagerError
 from relume.images.pagemap import Pagemap
-from relume.linux.userfaultfd import Remap, Unmap
+from relume.linux.userfaultfd import Fork, Remap, Unmap
 from relume.pager import working_set
 from relume.pager.holder import Board
 from relume.pager.job import Job
@@ -30,6 +32,7 @@ def pager(folder: Path, **options: Any) -> tuple[Pager, list[dict[str, Any]]]:
     made = Pager(job, Board(), events.append, None)
     made._pagemaps = {7: Pagemap(7, folder / "pages-1.img", (), PAGES * PAGE)}
     made._prepare_replay()
+    made._met_criu = True
     made._restored_at = time.monotonic() - 1
     return made, events
 
@@ -62,6 +65,72 @@ def test_the_loop_waits_for_no_disk(tmp_path: Path) -> None:
         assert {pages for name, pages in source.loaded if name == here} == {range(5, 6)}
         assert {name for name, _ in source.loaded} == {here, "may wait"}
         assert {BASE + 5, BASE + 6} <= memory.present.keys()
+
+
+def test_the_loop_asks_after_a_move_until_all_is_quiet(tmp_path: Path) -> None:
+    """Nothing else may tell: the app moves something, and unmaps it when the pager has long been asleep."""
+    with kernel() as made:
+        space, memory, above = restored(made), made.memories[3], BASE + PAGES
+        memory.delay = 2
+        memory.mapped = set(range(above, above + PAGES))
+        served, _ = pager(tmp_path)
+        memory.events.append(Remap(BASE * PAGE, above * PAGE, PAGES * PAGE))
+        memory.changing = True
+        served._readable(space)
+        rounds = 0
+        while space in served._hungry:
+            served._serve(space)
+            rounds += 1
+        assert rounds == 3
+        memory.mapped = set()
+        memory.events.append(Unmap(above * PAGE, (above + PAGES) * PAGE))
+        memory.changing = True
+        served._readable(space)
+        assert space.complete
+
+
+def test_the_loop_asks_what_is_doubtful_in_a_child(tmp_path: Path) -> None:
+    with kernel() as made:
+        space, memory, above = restored(made), made.memories[3], BASE + PAGES
+        reading, writing = os.pipe()
+        memory.mapped = set()
+        made.memories[reading] = memory.fork()
+        memory.events += [
+            Remap(BASE * PAGE, above * PAGE, PAGES * PAGE),
+            Unmap(above * PAGE, (above + PAGES) * PAGE),
+            Fork(reading),
+        ]
+        memory.changing = True
+        served, _ = pager(tmp_path)
+        served._readable(space)
+        for _ in range(3):
+            for each in list(served._hungry):
+                served._serve(each)
+        (child,) = served._spaces
+        assert space.complete and child.complete
+        assert not served._hungry
+        child.close()
+        os.close(writing)
+
+
+def test_a_fault_that_is_given_back_at_once_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that may wait can be through with it before the loop goes on."""
+    with kernel() as made:
+        space = restored(made)
+        space.source = Partly(set())
+        served, _ = pager(tmp_path)
+        address = (BASE + 5) * PAGE
+
+        def given_back(request: tuple[Any, int]) -> None:
+            space.waiting.add(request[1])
+            space.asked.discard(request[1])
+
+        monkeypatch.setattr(served, "_slow", SimpleNamespace(put=given_back))
+        space.waiting = {address}
+        served._serve(space)
+        assert space.waiting == {address}
 
 
 def learned(folder: Path) -> tuple[Path, WorkingSet]:
@@ -122,6 +191,18 @@ def test_the_memory_is_served_without_a_keeper(tmp_path: Path, unread: bool) -> 
     keepers.close()
     served._command()
     assert served._control is None
+    ours.close()
+
+
+def test_it_does_not_wait_for_a_criu_that_nobody_starts(tmp_path: Path) -> None:
+    """The keeper was killed before it came to that."""
+    served = Pager(Job(tmp_path, tmp_path), Board(), lambda event: None, None)
+    keepers, ours = socket.socketpair()
+    served._control = ours
+    served._watch(ours, served._command)
+    keepers.close()
+    with pytest.raises(PagerError):
+        served._command()
     ours.close()
 
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pager.miniature import (
     BASE,
@@ -42,6 +42,10 @@ class Life(RuleBasedStateMachine):
         self.kernel = self._context.__enter__()
         self.spaces = [restored(self.kernel, range(0, PAGES, 1))]
         self.next_place = BASE + 10 * PAGES
+
+    @initialize(delay=st.integers(0, 3))
+    def wake_slowly(self, delay: int) -> None:
+        self.kernel.memories[3].delay = delay
 
     def teardown(self) -> None:
         for memory in self.kernel.memories.values():
@@ -83,17 +87,23 @@ class Life(RuleBasedStateMachine):
         return memory.present[page] if page in memory.mapped else GONE
 
     def deliver(self, space: AddressSpace) -> None:
-        self.spaces += space.read()
-        space.settle()
+        born = space.read()
+        self.spaces += born
+        for each in (space, *born):
+            each.settle()
 
     def settle(self) -> None:
         for space in list(self.spaces):
             self.deliver(space)
 
     def _quiet(self, space: AddressSpace) -> None:
-        """The thread that causes an event waits for its reading; so does, here, the next one."""
-        if self.kernel.memories[space.descriptor].changing:
-            self.deliver(space)
+        """The thread that causes an event waits for its reading; the next one, here, until the loop knows all."""
+        memory = self.kernel.memories[space.descriptor]
+        while memory.changing or space.unsettled:
+            if memory.changing:
+                self.deliver(space)
+            else:
+                space.settle()
 
     @rule(which=st.integers(0, 9), page=page_numbers)
     def look(self, which: int, page: int) -> None:
@@ -122,8 +132,9 @@ class Life(RuleBasedStateMachine):
             memory.present.pop(number, None)
             memory.owed[number] = ZERO
 
-    @rule(which=st.integers(0, 9), page=page_numbers, count=counts)
-    def unmap(self, which: int, page: int, count: int) -> None:
+    @rule(which=st.integers(0, 9), page=page_numbers, count=counts, grown=st.booleans())
+    def unmap(self, which: int, page: int, count: int, grown: bool) -> None:
+        """``grown``: what lies below grows in there at once, before the loop can ask about it."""
         space, memory = self._pick(which)
         if len(memory.mapped) < 16 or memory.dead:
             return
@@ -135,6 +146,9 @@ class Life(RuleBasedStateMachine):
             memory.owed.pop(number, None)
         memory.events.append(Unmap(pages[0] * PAGE, (pages[-1] + 1) * PAGE))
         memory.changing = True
+        if grown and pages[0] - 1 in memory.mapped:
+            self.deliver(space)
+            self._grow(memory, pages[0], count)
 
     @rule(which=st.integers(0, 9), page=page_numbers, count=counts, unmap_first=st.booleans())
     def move(self, which: int, page: int, count: int, unmap_first: bool) -> None:
@@ -173,10 +187,11 @@ class Life(RuleBasedStateMachine):
     def grow(self, which: int, page: int, count: int) -> None:
         """mremap(2) makes a mapping longer where it is, and tells nobody: zeros, whatever lay there before."""
         space, memory = self._pick(which)
-        if not memory.mapped or memory.dead:
-            return
-        self._quiet(space)
-        end = self._pages(memory, page, 10 * PAGES)[-1] + 1
+        if memory.mapped and not memory.dead:
+            self._quiet(space)
+            self._grow(memory, self._pages(memory, page, 10 * PAGES)[-1] + 1, count)
+
+    def _grow(self, memory: Memory, end: int, count: int) -> None:
         for number in range(end, end + count):
             if number in memory.mapped:
                 break
@@ -383,6 +398,7 @@ def test_a_page_that_moves_while_its_copy_waits_for_the_lock_is_not_forgotten() 
         memory.meanwhile = move
         assert space.bring([Range(BASE * PAGE, (BASE + 1) * PAGE, 0)]) == (Served.LATER, 0)
         space.read()
+        assert space.serve(above * PAGE) is Served.LATER
         assert space.serve(above * PAGE) is Served.DONE
         assert memory.present[above] == 0
 
@@ -413,9 +429,9 @@ def test_what_was_moved_and_then_unmapped_does_not_come_back() -> None:
         assert memory.present[above] == ZERO
 
 
-@pytest.mark.parametrize("seen_by", ["copy", "zeros", "probe"])
+@pytest.mark.parametrize("seen_by", ["copy", "zeros", "probe", "loop"])
 def test_what_was_moved_and_much_later_unmapped_does_not_come_back(seen_by: str) -> None:
-    """As above, but as the kernel does it: something is changing whenever a message is read."""
+    """As above, but as the kernel does it: something is changing when a message is read, and a moment longer."""
     with kernel() as made:
         space, memory = restored(made), made.memories[3]
         above = BASE + PAGES
@@ -423,19 +439,93 @@ def test_what_was_moved_and_much_later_unmapped_does_not_come_back(seen_by: str)
         memory.events.append(Remap((BASE + 1) * PAGE, above * PAGE, (PAGES - 1) * PAGE))
         memory.changing = True
         space.read()
+        memory.waking = 0
         if seen_by == "copy":
             assert space.bring([Range(BASE * PAGE, (BASE + 1) * PAGE, 0)]) == (Served.DONE, PAGE)
         elif seen_by == "zeros":
             assert space.serve((BASE + PAGES // 2) * PAGE) is Served.DONE
-        else:
+        elif seen_by == "probe":
             space.probe()
+        else:
+            space.settle()
+        memory.mapped -= set(range(above, above + PAGES))
         memory.events.append(Unmap(above * PAGE, (above + PAGES - 1) * PAGE))
         memory.changing = True
         space.read()
         space.settle()
+        memory.mapped |= set(range(above, above + PAGES))  # what grows in there
+        memory.waking = 0
         assert not space.pending.overlap(above * PAGE, (above + PAGES) * PAGE)
         assert space.serve(above * PAGE) is Served.DONE
         assert memory.present[above] == ZERO
+
+
+def test_a_move_is_asked_about_until_all_is_quiet() -> None:
+    """Not longer: the loop goes round without rest for it."""
+    with kernel() as made:
+        space, memory = restored(made), made.memories[3]
+        memory.delay = 3
+        memory.events.append(Remap(BASE * PAGE, (BASE + PAGES) * PAGE, PAGE))
+        memory.changing = True
+        space.read()
+        for _ in range(3):
+            space.settle()
+            assert space.unsettled
+        space.settle()
+        assert not space.unsettled
+        memory.events.append(Remap((BASE + 1) * PAGE, (BASE + PAGES + 1) * PAGE, PAGE))
+        space.read()
+        memory.dead = True
+        space.settle()
+        assert not space.unsettled
+
+
+def test_a_child_doubts_what_its_parent_does() -> None:
+    """Moved, unmapped and forked between two looks: what grows in there is not what was moved, in neither of them."""
+    with kernel() as made:
+        space, memory, above = restored(made), made.memories[3], BASE + PAGES
+        memory.mapped = set()
+        made.memories[9] = memory.fork()
+        memory.events += [
+            Remap(BASE * PAGE, above * PAGE, PAGES * PAGE),
+            Unmap(above * PAGE, (above + PAGES) * PAGE),
+            Fork(9),
+        ]
+        memory.changing = True
+        (child,) = space.read()
+        for each in (space, child):
+            assert each.unsettled
+            while each.unsettled:
+                each.settle()
+            made.memories[each.descriptor].mapped = set(range(above, above + PAGES))
+            assert each.complete
+            assert each.serve(above * PAGE) is Served.DONE
+            assert made.memories[each.descriptor].present[above] == ZERO
+
+
+@pytest.mark.parametrize("pieces", [1, 5000])
+def test_messages_do_not_wait_until_all_that_is_doubtful_was_asked_about(pieces: int) -> None:
+    with kernel() as made:
+        space, ask, asked = restored(made, range(0)), made.ask, 0
+
+        def counted(descriptor: int, start: int, length: int) -> int:
+            nonlocal asked
+            asked += 1
+            return ask(descriptor, start, length)
+
+        made.ask = counted  # type: ignore[method-assign]
+        made.memories[3].mapped = set()
+        length = 10000 // pieces
+        for piece in range(pieces):
+            start = BASE + 2 * piece * length
+            space.pending.put(Range(start * PAGE, (start + length) * PAGE, start * PAGE))
+        space.doubtful = list(space.pending)
+        while space.doubtful:
+            before = asked
+            space.settle()
+            assert asked - before <= 64
+        assert space.complete
+        assert asked < 16000
 
 
 def test_of_moves_no_more_is_kept_than_there_is_to_come() -> None:

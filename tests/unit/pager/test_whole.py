@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pager.miniature import BASE, PAGES, Refused, kernel, restored
 from relume.pager.background import STEP_BYTES, Pace
 from relume.pager.ranges import Range, RangeMap
 from relume.pager.source import NoPages
@@ -66,6 +67,11 @@ class Space:
             taken = [found for each in wanted for found in self.pending.take(each.start, each.end)]
             return Served.DONE, sum(found.length for found in taken)
 
+    @property
+    def lacking(self) -> bool:
+        with self._lock:
+            return bool(self.pending.total)
+
     def next_pending(self, address: int) -> Range | None:
         with self._lock:
             return self.pending.after(address)
@@ -83,6 +89,22 @@ def test_everything_comes(drawn: list[tuple[int, int]], busy: int, moves: bool, 
         assert done.acquire(timeout=20)
     assert not failed and not space.pending.total
     assert whole.copied == sum(each.length for each in ranges)
+
+
+def test_it_waits_for_copies_that_may_yet_be_refused() -> None:
+    """It finds nothing to come while another thread copies the last of it; that copy is refused, and nobody is left."""
+    with kernel() as made:
+        space, failed = restored(made), []
+        other = Refused(made, space, Range(BASE * PAGE, (BASE + PAGES) * PAGE, 0))
+        other.begin()
+        done = threading.Semaphore(0)
+        whole = Whole({7: (Source(), [])}, 1, Pace(), done.release, failed.append)
+        whole.start(7, space)
+        assert not done.acquire(timeout=0.05)
+        other.end()
+        assert done.acquire(timeout=5)
+        assert not failed
+        assert len(made.memories[3].present) == PAGES
 
 
 def test_a_process_that_ended_is_let_go() -> None:
