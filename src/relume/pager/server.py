@@ -76,6 +76,7 @@ class Pager:
         self._spaces: list[AddressSpace] = []
         self._host_pids: list[int] = []
         self._noting: threading.Thread | None = None
+        self._recorder: threading.Thread | None = None
         self._hungry: set[AddressSpace] = set()
         """Those with faults to be served, or of which something is to be asked soon."""
         self._returned: deque[AddressSpace] = deque()
@@ -381,11 +382,19 @@ class Pager:
             if self._job.root is not None:
                 self._noting = threading.Thread(target=self._record_mapped_files, name="mapped-files")
                 self._noting.start()
-            self._record(seconds)
+            counts = self._job.timed and not self._hashed_bytes()  # so far: the fill may hash more
+            self._recorder = threading.Thread(
+                target=self._record, args=(seconds if counts else None,), name="record"
+            )
+            self._recorder.start()
         if self._job.fill == "all":
             self._start_fill()
 
     def _record(self, seconds: float | None) -> None:
+        """Writes what was learned; not in the way of faults, many scattered pieces take half a second.
+
+        ``seconds`` is the time to the first answer, None where it tells nothing.
+        """
         assert self._job.record is not None
         touched = tuple(self._touched)
         missed = sum(piece.length for piece in touched)
@@ -395,9 +404,7 @@ class Pager:
             pieces = working_set.refine([*replayed, *self._replay.kept_back], self._replay.kept_back, touched)
         else:
             pieces = working_set.refine((), (), touched)  # learned anew, all of it by need
-        run = None
-        if seconds is not None and self._job.timed and not self._hashed_bytes():
-            run = Run(self._replay is not None, seconds, missed)
+        run = None if seconds is None else Run(self._replay is not None, seconds, missed)
         updated = dataclasses.replace(learned.after(run), pieces=pieces)
         try:
             working_set.save(self._job.record, updated)
@@ -407,6 +414,11 @@ class Pager:
         self._emit(
             "recorded", bytes=updated.total, pieces=len(pieces), missed=missed, path=str(self._job.record)
         )
+
+    def _finish_record(self) -> None:
+        """What was learned is written and told before the end."""
+        if self._recorder is not None:
+            self._recorder.join()
 
     def _record_mapped_files(self) -> None:
         """What the app needed of files, as far as its page tables tell; not in the way of its faults."""
@@ -458,6 +470,7 @@ class Pager:
 
     def _end(self) -> int:
         self._board.disarm()
+        self._finish_record()
         self._emit(
             "filled" if self._survived or not self._finished else "gone",
             processes=self._finished,
@@ -525,6 +538,7 @@ class Pager:
                     self._first_answer()
                 case "stop":
                     self._board.explain(STOPPED)
+                    self._finish_record()
                     os._exit(0)
 
     def _emit(self, event: str, **facts: Any) -> None:

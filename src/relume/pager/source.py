@@ -17,7 +17,7 @@ from typing import Protocol
 
 from relume.errors import ImageError, PagerError
 from relume.images.integrity import BLOCK_BYTES, PagesVerifier
-from relume.linux import syscall
+from relume.linux import memory, syscall
 
 _MADV_POPULATE_READ = 22
 _MAP_NORESERVE = 0x4000
@@ -88,6 +88,7 @@ class FileSource:
         self._address = ctypes.addressof(self._anchor)
         self._content = memoryview(self._map)
         self._loaded = bytearray(self.size // BLOCK_BYTES + 1)
+        """Blocks that are mapped, and verified where that is asked for; 0 again once seen to have left memory."""
 
     @property
     def hashed_bytes(self) -> int:
@@ -96,21 +97,15 @@ class FileSource:
 
     def ready(self, offset: int, length: int) -> bool:
         first, last = offset // BLOCK_BYTES, (offset + length - 1) // BLOCK_BYTES
-        if 0 not in self._loaded[first : last + 1]:
-            return True
-        if self._verifier:
+        if self._verifier and 0 in self._loaded[first : last + 1]:
             if not self._verifier.known(offset, length):
                 return False
             offset = first * BLOCK_BYTES  # load() brings whole blocks then
             length = min((last + 1) * BLOCK_BYTES, self.size) - offset
-        vector = ctypes.create_string_buffer(-(-length // mmap.PAGESIZE))
-        if (
-            syscall.libc().mincore(ctypes.c_void_p(self._address + offset), ctypes.c_size_t(length), vector)
-            != 0
-        ):
-            return False
-        # Bit 0 is the page's; the others are reserved (mincore(2)) and read as 0.
-        return vector.raw.count(0) == 0
+        if memory.resident(self._address + offset, length):
+            return True
+        self._loaded[first : last + 1] = bytes(last + 1 - first)  # load() is to bring them again
+        return False
 
     def prefetch(self, offset: int, length: int) -> None:
         try:

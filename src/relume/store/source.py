@@ -12,8 +12,10 @@ import mmap
 from concurrent.futures import ThreadPoolExecutor
 
 from relume.errors import ImageError, StoreError, Untrusted
+from relume.linux import memory
 from relume.store.chunks import PAGE
 from relume.store.pages import RemotePages
+from relume.store.working_set import PageRun
 
 
 class RemoteSource:
@@ -34,12 +36,12 @@ class RemoteSource:
         self._ahead = ThreadPoolExecutor(parallel, thread_name_prefix=f"ahead {stream}")
 
     def ready(self, offset: int, length: int) -> bool:
-        """Whether `load` would return at once."""
-        return self._pages.present(self._stream, offset // PAGE, length // PAGE)
+        """Whether `load` would return at once: what came has not left memory since."""
+        return self._present(offset, length) and memory.resident(self._address + offset, length)
 
     def prefetch(self, offset: int, length: int) -> None:
         """Begin to fetch, in the order of the calls. Never fails: `load` says what is wrong."""
-        if not self.ready(offset, length):
+        if not self._present(offset, length):
             self._ahead.submit(self._pages.ensure, self._stream, offset // PAGE, length // PAGE)
 
     def load(self, offset: int, length: int) -> int:
@@ -50,6 +52,9 @@ class RemoteSource:
         """
         try:
             self._pages.ensure(self._stream, offset // PAGE, length // PAGE)
+            if not memory.resident(self._address + offset, length):
+                # Read here, or the copy does it, while messages wait.
+                self._pages.read(PageRun(self._stream, offset // PAGE, length // PAGE))
         except Untrusted:
             raise
         except (StoreError, OSError) as error:
@@ -57,6 +62,9 @@ class RemoteSource:
                 f"{self._stream}: {length} bytes at {offset:#x} did not come: {error}"
             ) from error
         return self._address + offset
+
+    def _present(self, offset: int, length: int) -> bool:
+        return self._pages.present(self._stream, offset // PAGE, length // PAGE)
 
     def close(self) -> None:
         """Unmaps. No address that was handed out may be used after it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from relume.images.files import write_image
+from relume.images.proto import pstree_pb2
 from relume.pager import holder
 
 ROOT = Path(__file__).parents[3]
@@ -94,6 +97,23 @@ def test_images_that_are_not_there(tmp_path: Path) -> None:
     assert process.wait(20) == 1
 
 
+def test_a_keeper_that_is_killed_before_criu_came_leaves_nobody_behind(tmp_path: Path) -> None:
+    write_image(
+        tmp_path / "pstree.img", [pstree_pb2.pstree_entry(pid=1, ppid=0, pgid=1, sid=1)], kind="PSTREE"
+    )
+    ours, theirs = socket.socketpair()
+    process = _start(theirs)
+    try:
+        with ours:
+            ours.sendall(json.dumps({"images": str(tmp_path), "work_dir": str(tmp_path)}).encode() + b"\n")
+            assert b"listening" in ours.recv(4096)
+        assert process.wait(20) == 1
+    finally:
+        for pid in map(int, _children(process.pid)):
+            os.kill(pid, signal.SIGKILL)
+        process.wait(20)
+
+
 def test_the_board_is_written_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     board, writing, twice = holder.Board(), threading.Lock(), []
     encode = json.dumps
@@ -117,6 +137,13 @@ def test_the_board_is_written_by_one_thread_at_a_time(monkeypatch: pytest.Monkey
     _, _, pids, reason = board.read()
     assert [pid for pid, _ in pids] == [os.getpid()]
     assert reason == "first"
+
+
+def _children(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []  # it has ended
 
 
 def _start(control: socket.socket) -> subprocess.Popen[bytes]:

@@ -160,6 +160,7 @@ def test_what_an_idle_app_touched_is_better_than_nothing(tmp_path: Path) -> None
     served, events = pager(tmp_path, working_set=path, record=path, record_limit_s=0.01)
     served._copied(1, 20 * PAGE, PAGE)
     served._probe()
+    served._finish_record()
     found, _ = working_set.load(path, {1: PAGES * PAGE})
     assert found is not None
     assert (found.pieces, found.history) == ((Piece(1, 20 * PAGE, PAGE),), ())
@@ -172,11 +173,31 @@ def test_an_answer_is_learned_from(tmp_path: Path) -> None:
     served._copied(1, 20 * PAGE, PAGE)
     served._probe()
     served._first_answer()
+    served._finish_record()
     found, _ = working_set.load(path, known.images)
     assert found is not None
     assert (found.turn, len(found.history)) == (known.turn + 1, 2)
     assert Piece(1, 20 * PAGE, PAGE) in found.pieces
     assert [event["event"] for event in events] == ["answered", "recorded"]
+
+
+def test_the_loop_goes_on_while_the_set_is_written_but_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, save = threading.Event(), working_set.save
+
+    def slow(path: Path, learned: WorkingSet) -> None:
+        written.wait(2)
+        save(path, learned)
+
+    monkeypatch.setattr(working_set, "save", slow)
+    path, _ = learned(tmp_path)
+    served, events = pager(tmp_path, working_set=path, record=path)
+    served._first_answer()
+    assert [event["event"] for event in events] == ["answered"]
+    threading.Timer(0.05, written.set).start()
+    served._end()
+    assert [event["event"] for event in events] == ["answered", "recorded", "filled"]
 
 
 @pytest.mark.parametrize("unread", [False, True])

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from relume.errors import ImageError, PagerError, Untrusted
 from relume.images.integrity import BLOCK_BYTES, Verifier, record
-from relume.linux import syscall
+from relume.linux import memory, syscall
 from relume.pager import source as module
 from relume.pager.source import FileSource
+from relume.store import RemoteSource
+from relume.store.pages import RemotePages
+from relume.store.working_set import PageRun
 
 PAGE = 4096
 SIZE = BLOCK_BYTES + 16 * PAGE
@@ -121,6 +126,51 @@ def test_what_is_ready_is_what_would_be_loaded(monkeypatch: pytest.MonkeyPatch) 
         assert again.ready(0, BLOCK_BYTES)
         again.close()
         plain.close()
+
+
+@pytest.mark.parametrize("kind", ["plain", "verified", "remote"])
+def test_what_has_left_memory_is_not_ready_and_is_brought_again(kind: str) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        path = Path(folder) / "pages-1.img"
+        path.write_bytes(os.urandom(SIZE))
+        record(path.parent)
+        if kind == "remote":
+            source: FileSource | RemoteSource = RemoteSource(cast(RemotePages, All(path)), path.name)
+        else:
+            source = FileSource(path, Verifier(path.parent).pages(path) if kind == "verified" else None)
+        source.load(0, SIZE)
+        assert source.ready(0, SIZE)
+        source._map.madvise(mmap.MADV_DONTNEED)  # what is mapped stays in memory
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if memory.resident(source._address, SIZE):
+            pytest.skip("this file system keeps its pages")
+        assert not source.ready(PAGE, PAGE)
+        source.load(PAGE, PAGE)
+        assert source.ready(PAGE, PAGE)
+        assert getattr(source, "hashed_bytes", 0) == (SIZE if kind == "verified" else 0)
+        source.close()
+
+
+class All:
+    """Pages of a store all of which have come."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def path(self, stream: str) -> Path:
+        return self._path
+
+    def present(self, stream: str, first: int, count: int) -> bool:
+        return True
+
+    def ensure(self, stream: str, first: int, count: int) -> None:
+        pass
+
+    def read(self, run: PageRun) -> bytes:
+        with self._path.open("rb") as file:
+            return os.pread(file.fileno(), run.pages * PAGE, run.first * PAGE)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

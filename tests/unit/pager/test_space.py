@@ -559,6 +559,34 @@ def test_what_is_doubtful_is_asked_about_whether_or_not_it_is_at_hand(unmapped: 
         assert space.pending.total == (PAGES // 2 if unmapped else PAGES) * PAGE
 
 
+@pytest.mark.parametrize("gone", [0, 1])
+def test_what_moves_while_it_is_asked_about_is_not_forgotten(gone: int) -> None:
+    """Also where pages before it are unmapped, of which the kernel has said so already."""
+    with kernel() as made:
+        space, memory, above = restored(made, range(gone + 1)), made.memories[3], BASE + PAGES
+        ask, moving = made.ask, BASE + gone
+        memory.mapped -= set(range(BASE, moving))
+
+        def move() -> None:
+            memory.mapped = {above}
+            memory.events.append(Remap(moving * PAGE, above * PAGE, PAGE))
+            memory.changing = True
+
+        def ask_slowly(descriptor: int, start: int, length: int) -> int:
+            if (start, length) == (moving * PAGE, PAGE):
+                memory.meanwhile = move
+            return ask(descriptor, start, length)
+
+        made.ask = ask_slowly  # type: ignore[method-assign]
+        space.doubtful = list(space.pending)
+        space.settle()
+        made.ask = ask  # type: ignore[method-assign]
+        while memory.changing or space.unsettled:
+            space.read()
+            space.settle()
+        assert list(space.pending) == [Range(above * PAGE, (above + 1) * PAGE, gone * PAGE)]
+
+
 @pytest.mark.parametrize("unmapped", [False, True])
 def test_moved_and_unmapped_in_one_breath(unmapped: bool) -> None:
     """Which of the two came first cannot be told by the messages; it is by asking, as soon as they were read."""
