@@ -361,6 +361,8 @@ def _write_durably(path: Path, content: dict[str, Any]) -> bool:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
+    except FileNotFoundError:
+        return True  # the instance was forgotten with its folder: there is nobody to read it
     except OSError:  # a full disk
         with contextlib.suppress(OSError):
             temporary.unlink()

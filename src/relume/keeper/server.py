@@ -90,7 +90,7 @@ class Server:
             reply = {"error": error.as_dict()}
         except OSError as error:
             kind = HostError if error.errno in SHORTAGES else EngineError
-            reply = {"error": kind(str(error)).as_dict()}
+            reply = {"error": kind(str(error) or type(error).__name__).as_dict()}
         except Exception as error:
             reply = {"error": {"code": "keeper", "message": f"{type(error).__name__}: {error}", "hint": ""}}
         wire.send(writer, {"seq": message.get("seq"), **reply})

@@ -21,7 +21,7 @@ from relume.keeper.client import KeeperLost
 from relume.keeper.instance import Assignment
 from relume.node.gpus import Gpus
 from relume.node.ground import Ground
-from relume.node.instance import Instance
+from relume.node.instance import SLOWEST_DISK, Instance
 from relume.node.places import Places
 from relume.node.secrets import Secrets
 from relume.node.settings import Settings
@@ -133,7 +133,9 @@ class BringUp:
             start.go()
             places = instance.places
             job = restoration.job(images=places.images, work=places.criu_work, pager=pager, stopped=True)
-            await start.unless_called_off(_within(_RESTORE_PATIENCE, instance.keeper.restore(job), "CRIU"))
+            read_first = 0 if pager is not None else checkpoint.size_bytes
+            patience = _RESTORE_PATIENCE + read_first / SLOWEST_DISK
+            await start.unless_called_off(_within(patience, instance.keeper.restore(job), "CRIU"))
         except Exception as error:
             raise await self._reason(instance, restoration, error) from error
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 InstanceState = Literal["starting", "ready", "stopping", "exited", "failed", "prepared"]
 
 _LAST_WORDS = 4096
-_SLOWEST_DISK = 50e6
+SLOWEST_DISK = 50e6
 """Bytes per second."""
 
 
@@ -140,7 +140,7 @@ class Instance:
     async def until_whole(self, size: int) -> None:
         """Return when ``whole`` is set, for ``size`` bytes of memory. Raises StartFailed when it ends first or takes
         longer than the slowest disk would."""
-        patience = 60 + size / _SLOWEST_DISK
+        patience = 60 + size / SLOWEST_DISK
         await self._any_of(self.whole, patience)
         if not self.whole.is_set():
             raise StartFailed(

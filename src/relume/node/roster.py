@@ -44,7 +44,8 @@ class Roster:
         in_no_row = instance.instance_id in self._unwritten
 
         def end() -> None:
-            if in_no_row:
+            # An app that was removed meanwhile has taken its rows along.
+            if in_no_row and any(app.name == instance.build.app for app in self._state.apps()):
                 self._save(instance)
             self._state.end_instance(instance.instance_id, instance.state, instance.exit_code)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 import secrets
 import sqlite3
@@ -19,6 +20,8 @@ from typing import Any
 
 from relume.errors import Conflict, HostError, NotFound
 from relume.runc.spec import ID_COUNT
+
+log = logging.getLogger(__name__)
 
 _FIRST_ID = 8 * ID_COUNT
 """Below are the host's own users and what /etc/subuid hands out first; ranges go up from here."""
@@ -123,7 +126,10 @@ class State:
             "update apps set build_id = ?, directory = ? where name = ?", (build_id, directory, name)
         )
         # In WAL mode with synchronous = normal only this syncs: a deploy that was answered survives a power failure.
-        self._execute("pragma wal_checkpoint(full)")
+        try:
+            self._execute("pragma wal_checkpoint(full)")
+        except HostError as error:  # it is written all the same
+            log.warning("the build of %s may not survive a power failure: %s", name, error.message)
 
     def remove_app(self, name: str) -> None:
         self._execute("delete from apps where name = ?", (name,))

@@ -10,16 +10,21 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+from relume.errors import HostError
+
 
 def pool(count: int, name: str) -> ThreadPoolExecutor:
-    """An executor whose ``count`` threads all exist. Raises RuntimeError when they cannot be made."""
+    """An executor whose ``count`` threads all exist. Raises HostError when they cannot be made."""
     made = ThreadPoolExecutor(count, thread_name_prefix=name)
     met = threading.Barrier(count + 1)
     try:
         for _ in range(count):  # each holds a thread, so that the next one needs another
             made.submit(met.wait)
         met.wait()
-    except BaseException:
+    except RuntimeError as error:
         met.abort()
-        raise
+        raise HostError(
+            f"the node cannot have its {count} threads: {error}",
+            hint="is there memory, and a limit on processes (pids.max of the cgroup, ulimit -u)?",
+        ) from error
     return made

@@ -88,7 +88,9 @@ class FileSource:
         self._address = ctypes.addressof(self._anchor)
         self._content = memoryview(self._map)
         self._loaded = bytearray(self.size // BLOCK_BYTES + 1)
-        """Blocks that are mapped, and verified where that is asked for; 0 again once seen to have left memory."""
+        """Blocks that were brought in, and verified where that is asked for."""
+        self._left = bytearray(len(self._loaded))
+        """Blocks of which something was seen to have left memory since."""
 
     @property
     def hashed_bytes(self) -> int:
@@ -104,7 +106,7 @@ class FileSource:
             length = min((last + 1) * BLOCK_BYTES, self.size) - offset
         if memory.resident(self._address + offset, length):
             return True
-        self._loaded[first : last + 1] = bytes(last + 1 - first)  # load() is to bring them again
+        self._left[first : last + 1] = b"\1" * (last + 1 - first)  # load() is to look again
         return False
 
     def prefetch(self, offset: int, length: int) -> None:
@@ -122,6 +124,9 @@ class FileSource:
                 self._populate(offset, length)
                 for block in range(-(-offset // BLOCK_BYTES), (offset + length) // BLOCK_BYTES):
                     self._loaded[block] = 1
+        if 1 in self._left[first : last + 1]:
+            self._left[first : last + 1] = bytes(last + 1 - first)
+            self._populate(offset, length)
         return self._address + offset
 
     def close(self) -> None:

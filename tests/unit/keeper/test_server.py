@@ -285,6 +285,7 @@ async def test_the_end(bench: Bench) -> None:
 async def test_an_end_on_a_full_disk(bench: Bench) -> None:
     """It is told, and written as soon as there is room: until then the keeper stays."""
     place = bench.directory / "full"
+    place.touch()  # what is no folder, for now
     node, heard, _ = await bench.node()
     await node.assign(bench.assignment(exit_file=str(place / "exit.json")))
     await node.boot()
@@ -294,10 +295,22 @@ async def test_an_end_on_a_full_disk(bench: Bench) -> None:
     await asyncio.sleep(0.6)
     node, _, facts = await bench.node()
     assert (facts["phase"], facts["exit_code"]) == ("exited", 137)
+    place.unlink()
     place.mkdir()
     async with asyncio.timeout(5):
         await bench.running
     assert json.loads((place / "exit.json").read_text())["exit_code"] == 137
+
+
+async def test_an_end_that_nobody_will_ever_read(bench: Bench) -> None:
+    """The folder of the state is gone: the keeper goes too."""
+    node, _, _ = await bench.node()
+    await node.assign(bench.assignment(exit_file=str(bench.directory / "gone" / "exit.json")))
+    await node.boot()
+    await node.close()
+    await bench.engine.kill()
+    async with asyncio.timeout(5):
+        await bench.running
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, HostError), (errno.EACCES, EngineError)])

@@ -121,6 +121,7 @@ async def test_it_is_written_when_there_is_room(roster: Roster, state: State, in
 async def test_the_end_of_one_that_was_in_no_row(
     roster: Roster, state: State, instance: MakeInstance
 ) -> None:
+    state.ensure_app("a")
     ended = instance(exit_code=3)
     roster.instances["i-1"] = ended
     state._execute("pragma query_only = 1")
@@ -132,6 +133,22 @@ async def test_the_end_of_one_that_was_in_no_row(
     (row,) = state.instances()
     assert (row["state"], row["facts"]["exit_code"]) == ("exited", 3)
     assert row["ended_at"] is not None
+
+
+@pytest.mark.usefixtures("writing")
+async def test_the_end_of_one_whose_app_was_removed(
+    roster: Roster, state: State, instance: MakeInstance
+) -> None:
+    state.ensure_app("a")
+    ended = instance()
+    roster.instances["i-1"] = ended
+    state._execute("pragma query_only = 1")
+    roster.save(ended)
+    roster.remove(ended)
+    state._execute("pragma query_only = 0")
+    state.remove_app("a")
+    await asyncio.sleep(0.05)
+    assert state.instances() == []
 
 
 async def test_the_next_run_opens_all_the_same(roster: Roster, state: State) -> None:

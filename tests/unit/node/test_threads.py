@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from relume.errors import HostError
 from relume.node import threads
 
 
@@ -25,7 +26,7 @@ def test_too_many_are_said_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> 
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start_two)
-    with pytest.raises(RuntimeError, match="can't start"):
+    with pytest.raises(HostError, match="can't start"):
         threads.pool(4, "few")
 
 

@@ -153,6 +153,22 @@ def test_what_has_left_memory_is_not_ready_and_is_brought_again(kind: str) -> No
         source.close()
 
 
+def test_what_has_left_holds_up_nothing_else(pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a verified block whose neighbour pages were evicted what is asked for counts, not the whole block."""
+    record(pages.parent)
+    source = FileSource(pages, Verifier(pages.parent).pages(pages))
+    source.load(0, SIZE)
+    gone = source._address + 5 * PAGE
+    monkeypatch.setattr(memory, "resident", lambda address, length: not address <= gone < address + length)
+    populated: list[tuple[int, int]] = []
+    monkeypatch.setattr(source, "_populate", lambda offset, length: populated.append((offset, length)))
+    assert not source.ready(0, 16 * PAGE)
+    assert source.ready(0, PAGE)
+    source.load(5 * PAGE, PAGE)
+    assert populated == [(5 * PAGE, PAGE)]
+    source.close()
+
+
 class All:
     """Pages of a store all of which have come."""
 
