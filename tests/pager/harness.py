@@ -170,13 +170,17 @@ class Checkpoint:
 
     def kill(self) -> None:
         """Ends what is alive of the tree, children forked since included, those without a parent too."""
-        while alive := [pid for pid in self._family() if running(pid)]:
-            for pid in alive:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.005)
-            _reap(self.pids)
-        wait_until(lambda: not any(map(self._taken, self.pids)), 10, "the pids are free")
+        try:
+            wait_until(self._are_gone, 20, "the pids are free")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; left: {_described(self._family())}") from None
+
+    def _are_gone(self) -> bool:
+        """Kills again each time: one that dies may have been forking, and nobody lists processes in one moment."""
+        for pid in self._family():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not any(map(self._taken, self.pids))
 
     def _family(self) -> set[int]:
         return {pid for root in self.pids for pid in (root, *_descendants(root))} | _members(self.pids)
@@ -270,6 +274,29 @@ def _members(groups: list[int]) -> set[int]:
             if int(stat.read_text().rpartition(")")[2].split()[2]) in groups:
                 found.add(int(stat.parent.name))
     return found
+
+
+def _described(pids: set[int]) -> list[str]:
+    """What each of these processes is, and what each of its threads does."""
+    found = []
+    for pid in sorted(pids):
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{pid}/status").read_text().splitlines()
+            wanted = ("Name", "State", "PPid", "Threads")
+            threads = [
+                " ".join((task.name, _text(task / "wchan"), _text(task / "syscall")))
+                for task in Path(f"/proc/{pid}/task").iterdir()
+            ]
+            facts = " ".join(line.replace("\t", " ") for line in status if line.split(":")[0] in wanted)
+            found.append(f"{pid}: {facts}; {threads}")
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError as error:  # a zombie has none
+        return str(error.strerror)
 
 
 def _reap(groups: list[int]) -> None:
