@@ -102,9 +102,8 @@ def user_namespace(base: int, count: int = 65536, *, groups: int | None = None) 
     if child == 0:  # only async-signal-safe work here: the parent may have threads
         try:
             if syscall.libc().unshare(0x10000000) == 0:  # CLONE_NEWUSER
-                process.die_with_parent(
-                    parent
-                )  # after it: a change of credentials forgets the signal (prctl(2))
+                # After it: a change of credentials forgets the signal (prctl(2)).
+                process.die_with_parent(parent)
                 os.write(ready_w, b"1")
                 signal.pause()
         finally:

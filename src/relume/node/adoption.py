@@ -86,8 +86,7 @@ class Adoption:
             await instance.keeper.close()
             return False
         if not _adoptable(instance, told):
-            if told.get("exit_code") is not None:
-                self._exit_codes[instance.instance_id] = told["exit_code"]
+            self._note_exit_code(instance, told)
             await instance.keeper.end()
             await instance.keeper.close()
             paging = told.get("paging")
@@ -108,6 +107,10 @@ class Adoption:
             log.error("paging of %s failed: %s", instance.instance_id, instance.paging_failed)
             self._background.spawn(self._failures.replace(instance))
         self._lacking.clear()
+
+    def _note_exit_code(self, instance: Instance, told: dict[str, Any]) -> None:
+        if told.get("exit_code") is not None:
+            self._exit_codes[instance.instance_id] = told["exit_code"]
 
     def exit_code(self, instance_id: str) -> int | None:
         """How one ended that is not taken over: what its keeper tells, or else has written down."""
@@ -159,9 +162,8 @@ class Adoption:
         elif instance.state == "prepared":
             await self._ending.forget(instance)
         else:
-            instance.exit_code = told.get("exit_code") if told is not None else None
-            if instance.exit_code is None:
-                instance.exit_code = read_exit_code(instance.places.exit_file)
+            self._note_exit_code(instance, told or {})
+            instance.exit_code = self.exit_code(instance.instance_id)
             ended = instance.exit_code is not None and instance.state == "ready"
             await self._ending.discard(instance, "exited" if ended else "failed")
 
@@ -172,9 +174,8 @@ class Adoption:
         if told["ready_at"] is not None:
             instance.state = "ready"
             instance.ready.set()
-        self._roster.save(
-            instance
-        )  # it may have become ready, or be prepared no more, since its row was written
+        # It may have become ready, or be prepared no more, since its row was written.
+        self._roster.save(instance)
         instance.asked.update(told["requests"])
         self._hearing.listen(instance)
         for event in early:  # between its first word and our listening

@@ -89,60 +89,49 @@ def test_catches() -> None:
     assert not process.catches(child.pid, signal.SIGUSR1)
 
 
-def test_subreaper_name_and_death_with_the_parent() -> None:
-    """A middle process dies; its child, which asked for it, dies too, and we (a subreaper) get its status."""
-    code = """
-import os, signal, sys, time
+def _of_an_orphan(code: str, *, until: str = "") -> str:
+    """What a subreaper prints whose grandchild ran ``code``: its own name, and the grandchild's status (wait(2)).
+
+    The child in between ends after ``until``; ``parent`` is its pid, and of the pipe ``started`` ``code`` may use.
+    """
+    program = f"""
+import os, signal, time
 from relume.linux import process
 process.become_subreaper()
 process.set_name("a name of more than fifteen bytes")
 r, w = os.pipe()
+started = os.pipe()
 middle = os.fork()
 if middle == 0:
     parent = os.getpid()
     inner = os.fork()
     if inner == 0:
-        process.die_with_parent(parent, signal.SIGUSR1)
-        os.write(w, b"x")
+        {code}
         time.sleep(60)
-    os.read(r, 1)
-    os.write(w, inner.to_bytes(4, "little"))
-    os._exit(0)
-os.waitpid(middle, 0)
-inner = int.from_bytes(os.read(r, 4), "little")
-_, status = os.waitpid(inner, 0)
-assert os.WTERMSIG(status) == signal.SIGUSR1, status
-print(open("/proc/self/comm").read().strip())
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True
-    )
-    assert done.stdout == "a name of more \n".replace(" \n", "\n")
-
-
-def test_a_child_whose_parent_was_faster_ends() -> None:
-    """Killed between its fork and the request to die with it: nobody would send a signal any more."""
-    code = """
-import os, time
-from relume.linux import process
-process.become_subreaper()
-r, w = os.pipe()
-middle = os.fork()
-if middle == 0:
-    parent = os.getpid()
-    inner = os.fork()
-    if inner == 0:
-        while os.getppid() == parent:
-            time.sleep(0.01)
-        process.die_with_parent(parent)
-        time.sleep(60)
+    {until}
     os.write(w, inner.to_bytes(4, "little"))
     os._exit(0)
 os.waitpid(middle, 0)
 _, status = os.waitpid(int.from_bytes(os.read(r, 4), "little"), 0)
-assert os.waitstatus_to_exitcode(status) == 1, status
+print(open("/proc/self/comm").read().strip(), os.waitstatus_to_exitcode(status), sep="|")
 """
-    subprocess.run([sys.executable, "-c", code], timeout=20, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=True
+    )
+    return done.stdout
+
+
+def test_subreaper_name_and_death_with_the_parent() -> None:
+    """A middle process dies; its child, which asked for it, dies too, and we (a subreaper) get its status."""
+    code = "process.die_with_parent(parent, signal.SIGUSR1); os.write(started[1], b'x')"
+    said = _of_an_orphan(code, until="os.read(started[0], 1)")
+    assert said == f"a name of more|{-signal.SIGUSR1}\n"
+
+
+def test_a_child_whose_parent_was_faster_ends() -> None:
+    """Killed between its fork and the request to die with it: nobody would send a signal any more."""
+    code = "[time.sleep(0.01) for _ in iter(lambda: os.getppid() == parent, False)]; process.die_with_parent(parent)"
+    assert _of_an_orphan(code) == "a name of more|1\n"
 
 
 def test_a_failed_call_says_which_file() -> None:
