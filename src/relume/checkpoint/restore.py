@@ -112,13 +112,15 @@ class Restoration:
         return {"whole": pids, "threads": max(2, min(8, (os.cpu_count() or 2) // 2))} if pids else {}
 
     def job(
-        self, *, images: Path, work: Path, pager: dict[str, Any] | None, stopped: bool = False
+        self, *, images: Path, work: Path, cgroup: str, pager: dict[str, Any] | None, stopped: bool = False
     ) -> RestoreJob:
-        """The engine's job; ``images`` is where the mapped root can read them."""
+        """The engine's job; ``images`` is where the mapped root can read them, ``cgroup`` the copy's."""
         return RestoreJob(
             images=str(images),
             work=str(work),
-            options=options.for_restore(loopback=self.checkpoint.loopback, work=work, leave_stopped=stopped),
+            options=options.for_restore(
+                loopback=self.checkpoint.loopback, work=work, cgroup=cgroup, leave_stopped=stopped
+            ),
             pager=pager,
             needs_network=self.checkpoint.needs_network,
             stopped=stopped,

@@ -109,6 +109,12 @@ class Criu:
         else:
             await self.drop_pager()
         pid = await self._bring_up(arguments, wait_for_way_out=job.needs_network)
+        if cgroup.elsewhere(pid, self._container.cgroup):
+            process.send(pid, signal.SIGKILL)  # and with it all of its pid namespace
+            raise EngineError(
+                f"CRIU restored it outside of {self._container.cgroup}, where no limit holds",
+                hint="please report this with the output of `relume doctor`",
+            )
         if job.affinity:
             affinity.apply(cgroup.processes(self._container.cgroup), job.affinity)
         return pid

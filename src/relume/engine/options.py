@@ -30,9 +30,18 @@ def for_dump(*, loopback: str, action_script: Path, work: Path) -> str:
     return _text(*_COMMON, *_DUMP, _tcp(loopback), f"action-script {action_script}", _no_plugins(work))
 
 
-def for_restore(*, loopback: str, work: Path, leave_stopped: bool = False) -> str:
-    """``leave_stopped`` ends the restore before the first instruction, for prepared instances."""
-    return _text(*_COMMON, _tcp(loopback), *(("leave-stopped",) if leave_stopped else ()), _no_plugins(work))
+def for_restore(*, loopback: str, work: Path, cgroup: str, leave_stopped: bool = False) -> str:
+    """``cgroup`` is the copy's; ``leave_stopped`` ends the restore before the first instruction, for prepared
+    instances."""
+    return _text(
+        *_COMMON,
+        _tcp(loopback),
+        # runc 1.1 names the group to CRIU on version 1 only (criuApplyCgroups). On version 2 CRIU would make the
+        # original's anew, and the copy would run in it: without limits, and where no kill finds it.
+        f"cgroup-root {cgroup}",
+        *(("leave-stopped",) if leave_stopped else ()),
+        _no_plugins(work),
+    )
 
 
 def _no_plugins(work: Path) -> str:

@@ -123,6 +123,9 @@ async def container_step(
         went_on = await original.ask("hash") == before
         _end(original)
         copy = stack.enter_context(_bundle(runc, work, "copy", edits, options))
+        # On cgroup version 2 nobody else tells CRIU that a copy has a group of its own (relume.engine.options).
+        with options.open("a") as file:
+            file.write(f"cgroup-root /{copy.name}\n")
         pager = _Pager(images, work) if paged else None
         if pager is not None:
             stack.callback(pager.close)
@@ -283,7 +286,7 @@ def _bundle(runc: Runc, work: Path, name: str, edits: cdi.OciEdits, options: Pat
         for path in (folder / "upper", folder / "work", folder / "root"):
             path.mkdir()
         _run(["mount", "-t", "overlay", "-o", layers, "overlay", str(folder / "root")])
-        config = cdi.apply(_config(folder, shared, options), edits)
+        config = cdi.apply(_config(container, options), edits)
         (folder / "config.json").write_text(json.dumps(config))
         yield container
     finally:
@@ -292,7 +295,7 @@ def _bundle(runc: Runc, work: Path, name: str, edits: cdi.OciEdits, options: Pat
         subprocess.run(["umount", "-l", str(folder)], check=False, capture_output=True)
 
 
-def _config(folder: Path, shared: Path, options: Path) -> dict[str, Any]:
+def _config(container: Container, options: Path) -> dict[str, Any]:
     quiet = ["nosuid", "noexec", "nodev"]
     # Parts of Python or of ours may lie on mounts of their own, which an overlay of / does not show.
     needed = dict.fromkeys(
@@ -310,7 +313,7 @@ def _config(folder: Path, shared: Path, options: Path) -> dict[str, Any]:
     }
     return {
         "ociVersion": "1.0.2",
-        "root": {"path": str(folder / "root"), "readonly": False},
+        "root": {"path": str(container.folder / "root"), "readonly": False},
         "hostname": "gpu-check",
         "process": {
             "terminal": False,
@@ -326,11 +329,12 @@ def _config(folder: Path, shared: Path, options: Path) -> dict[str, Any]:
             {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": [*quiet, "mode=1777"]},
             {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*quiet, "ro"]},
             {"destination": "/run", "type": "tmpfs", "source": "run", "options": ["nosuid", "mode=755"]},
-            {"destination": "/shared", "type": "bind", "source": str(shared), "options": ["rbind"]},
+            {"destination": "/shared", "type": "bind", "source": str(container.shared), "options": ["rbind"]},
             *binds,
         ],
         "linux": {
             "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")],
+            "cgroupsPath": f"/{container.name}",
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
         },
         "annotations": {"org.criu.config": str(options)},

@@ -56,6 +56,16 @@ def processes(group: str) -> list[int]:
     return sorted(pids)
 
 
+def elsewhere(pid: int, group: str) -> bool:
+    """Whether a process is in no hierarchy's ``group``, nor below it; False for one that is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    # As seen from our own cgroup namespace, or, in a container without one, with that container's path before it.
+    return not any(f"{group}/" in f"{line.partition(' (deleted)')[0]}/" for line in lines)
+
+
 def kill(group: str, *, timeout: float = 5.0) -> None:
     """SIGKILL every process in ``group`` until none is left (``timeout`` seconds at most); thaws first.
 

@@ -103,7 +103,9 @@ class BringUp:
             await self._assign(instance, start, first_line=FIRST_LINE)
             start.go()
             places = instance.places
-            job = restoration.job(images=places.images, work=places.criu_work, pager=pager)
+            job = restoration.job(
+                images=places.images, work=places.criu_work, cgroup=places.cgroup, pager=pager
+            )
             coming = asyncio.create_task(instance.keeper.restore(job))
             coming.add_done_callback(_retrieved)
             if instance.grant is not None:
@@ -132,7 +134,9 @@ class BringUp:
             await self._assign(instance, start)
             start.go()
             places = instance.places
-            job = restoration.job(images=places.images, work=places.criu_work, pager=pager, stopped=True)
+            job = restoration.job(
+                images=places.images, work=places.criu_work, cgroup=places.cgroup, pager=pager, stopped=True
+            )
             read_first = 0 if pager is not None else checkpoint.size_bytes
             patience = _RESTORE_PATIENCE + read_first / SLOWEST_DISK
             await start.unless_called_off(_within(patience, instance.keeper.restore(job), "CRIU"))

@@ -96,8 +96,13 @@ def test_what_an_app_finds_inside(relume: Relume, app: App) -> None:
     get(first, "/write/note")
     assert get(copy, "/read/note") == "kept"
     node = relume.json("node", "status")["node_id"]
-    for pid in cgroup.processes(f"/relume/{node}/{copy['instance_id']}"):
-        assert Path(f"/proc/{pid}").stat().st_uid >= 65536, "root inside is nobody outside"
+    for instance in (first, copy):
+        group = f"/relume/{node}/{instance['instance_id']}"
+        pids = cgroup.processes(group)
+        assert pids and cgroup.memory(group)[1], "in its own group, with its own limit"
+        for pid in pids:
+            assert not cgroup.elsewhere(pid, group)
+            assert Path(f"/proc/{pid}").stat().st_uid >= 65536, "root inside is nobody outside"
 
 
 JOURNAL = """

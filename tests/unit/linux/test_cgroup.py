@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -108,3 +109,18 @@ def test_a_write_that_fails_names_the_file(tmp_path: Path) -> None:
 
 def test_this_machine() -> None:
     assert all(root.is_dir() for root in cgroup.hierarchies())
+
+
+def test_elsewhere() -> None:
+    """By what the kernel says of us: our own group, one above it, and one that is not ours."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    own = max((line.split(":", 2)[2] for line in lines), key=len)
+    assert not cgroup.elsewhere(os.getpid(), own)
+    assert cgroup.elsewhere(os.getpid(), GROUP)
+    assert not cgroup.elsewhere(_gone(), GROUP)
+
+
+def _gone() -> int:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    return ended.pid
