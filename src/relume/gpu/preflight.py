@@ -135,7 +135,8 @@ def _process_obstacles(census: Census) -> Iterator[Obstacle]:
             yield Obstacle("ipc", f"{who} shares device memory by CUDA IPC", hint, process.pid)
     for stray in census.strays:
         what = f"process {stray.pid} ({stray.name}) holds {', '.join(stray.devices)} without a CUDA context"
-        hint = "shut NVML down in it, or start it by exec instead of fork (CRIU plugins/cuda/README)"
+        hint = "shut NVML down in it, or start it by exec instead of fork (CRIU plugins/cuda/README); torch.compile's "
+        hint += "workers are such processes: TORCHINDUCTOR_COMPILE_THREADS=1 goes without them"
         yield Obstacle("device", what, hint, stray.pid)
 
 

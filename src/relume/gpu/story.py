@@ -23,7 +23,15 @@ from typing import Any, TypeVar
 
 from relume.errors import GpuError, GpuLost, GpuTimeout, GpuUnsupported, RelumeError
 from relume.gpu.client import AsyncGpuDriver
-from relume.gpu.driver import NO_CONTEXT, NOT_READY, OUT_OF_MEMORY, DriverError, ProcessState, check_version
+from relume.gpu.driver import (
+    NO_CONTEXT,
+    NOT_CUDA,
+    NOT_READY,
+    OUT_OF_MEMORY,
+    DriverError,
+    ProcessState,
+    check_version,
+)
 from relume.gpu.processes import CudaProcess, Range, added, anonymous_memory, state_of, take_census
 
 T = TypeVar("T")
@@ -182,10 +190,15 @@ class GpuCheckpointer:
         """
         if any(old != new for old, new in gpu_map.items()):
             check_version((await self.driver.survey()).driver_version, remap=True)
-        waiting = [pid for pid in pids if await self._is_suspended(pid)]
+        said = {pid: await self._said(pid) for pid in pids}
+        waiting = [
+            pid for pid, state in said.items() if state in (ProcessState.CHECKPOINTED, ProcessState.LOCKED)
+        ]
         if len(waiting) != expected:
+            words = [f"{pid}: {getattr(state, 'name', state)}" for pid, state in said.items()]
             raise GpuLost(
-                f"{expected} processes had GPU memory in the checkpoint, {len(waiting)} of the copy have",
+                f"{expected} processes had GPU memory in the checkpoint, {len(waiting)} of the copy have "
+                f"(the driver says of {', '.join(words[:8]) or 'no process'})",
                 hint="is CRIU's own CUDA plugin active? relume switches it off by an empty libdir",
                 lost=[],
             )
@@ -198,8 +211,14 @@ class GpuCheckpointer:
             [pid for pid in pids if await state_of(self.driver, pid) is not None], {}
         )
 
-    async def _is_suspended(self, pid: int) -> bool:
-        return await state_of(self.driver, pid) in (ProcessState.CHECKPOINTED, ProcessState.LOCKED)
+    async def _said(self, pid: int) -> ProcessState | str:
+        """The state of a process, or why the driver names none."""
+        try:
+            return await self.driver.state(pid)
+        except DriverError as error:
+            if error.result in NOT_CUDA:
+                return error.name
+            raise
 
     async def _lock(self, process: CudaProcess) -> float:
         started = time.monotonic()

@@ -37,6 +37,10 @@ _RESTORE_PATIENCE = 60.0
 
 _NEVER = 1e9
 
+_ON_A_GPU = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+"""torch.compile keeps a pool of forked processes, each with the GPU's devices open and without a CUDA context: neither
+the driver nor CRIU can save those (seen with torch 2.11 on an H100). With one thread there is no pool."""
+
 T = TypeVar("T")
 
 
@@ -145,14 +149,14 @@ class BringUp:
 
     async def resume(self, instance: Instance, checkpoint: Checkpoint, start: Start) -> None:
         """Let a prepared instance run, with today's environment. Raises EngineError, StartFailed."""
-        merged = self.environment(instance.build, start.environment)
+        merged = self.environment(instance.build, start.environment, gpu=instance.grant is not None)
         start.under_way = True
         await instance.keeper.resume(merged, dict(start.environment), FIRST_LINE, checkpoint.stopped)
         start.trace.mark("resumed")
         await start.unless_called_off(instance.until_ready(_RESTORE_PATIENCE))
 
-    def environment(self, build: Build, extra: Mapping[str, str]) -> dict[str, str]:
-        """What the app's first process gets: the image's, then ours, then secrets, then the caller's."""
+    def environment(self, build: Build, extra: Mapping[str, str], *, gpu: bool = False) -> dict[str, str]:
+        """What the app's first process gets: ours, then the image's, then secrets, then the caller's."""
         merged = {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": "/root",
@@ -160,6 +164,7 @@ class BringUp:
             "PORT": str(build.port),
             # A log is read while the app runs, and a pipe would make Python keep its lines back.
             "PYTHONUNBUFFERED": "1",
+            **(_ON_A_GPU if gpu and build.checkpointing else {}),
             **build.env,
             **Secrets(self._places.secrets(build.app)).all(),
             **extra,
@@ -229,7 +234,7 @@ class BringUp:
     async def _assign(self, instance: Instance, start: Start, *, first_line: str = "") -> None:
         """Bundle and keeper: after this only runc is missing."""
         build, settings = instance.build, instance.settings
-        merged = self.environment(build, start.environment)
+        merged = self.environment(build, start.environment, gpu=instance.grant is not None)
         await asyncio.to_thread(
             self._ground.bundle,
             instance.places,

@@ -105,6 +105,7 @@ def test_a_copy_has_the_device_memory_on_a_gpu_of_its_own(
     answer = node.answer_of_post(original["instance_id"])
     assert answer["status"] == "created", answer
     assert get(original, "/device")["same"]
+    assert get(original, "/facts")["env"]["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
     inspected = node.json("checkpoints", "inspect", answer["checkpoint_id"])
     assert inspected["platform"]["gpu"] == ["1 x NVIDIA L4", "driver 580.65.06", "CUDA 13.0"]
     assert inspected["gpu"]["uuids"] == [UUIDS[0]] and inspected["gpu"]["host_bytes"] >= SIZE
