@@ -18,7 +18,7 @@ from relume.cli.benchmark import report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("bench.md", "region.md", "vllm.md")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("bench.md", "gpu.md", "region.md", "vllm.md")))
 
 _BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
@@ -38,6 +38,8 @@ def tables() -> dict[str, list[str]]:
         "held": report.markdown(rows("held.json"), cache="warm"),
         "vllm": report.markdown(rows("vllm.json"), cache="warm"),
         "vllm-parts": _parts(rows("vllm.json")),
+        "gpu": report.markdown(rows("gpu.json"), cache="warm"),
+        "gpu-parts": _parts(rows("gpu.json")),
         "region": report.markdown_region(rows("region.json")),
         "freeze": report.markdown_freeze(measured),
         "stages": report.markdown_stages(measured),

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from relume.cli.benchmark.workloads import Workload
 
 _WORKLOADS = ("tiny", "touch-2g", "touch-8g", "model", "python-web", "forks", "redis")
-_ON_REQUEST = ("vllm-cpu",)
-"""Workloads that are measured only when they are named: this one downloads 400 MB and takes minutes."""
+_ON_REQUEST = ("vllm-cpu", "torch-gpu")
+"""Workloads that are measured only when they are named: they download hundreds of MB and take minutes, and the
+second needs a GPU."""
 _WAYS = ("cold", "criu-eager", "criu-lazy", "first", "learned", "prepared")
 _CACHES = ("warm", "dropped")
 _REGION_WORKLOADS = ("model", "python-web")

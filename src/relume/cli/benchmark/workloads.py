@@ -115,6 +115,7 @@ WORKLOADS = {
         Workload("python-web", "FastAPI, SQLAlchemy, uvicorn with uvloop", 128 * _MIB, _http),
         Workload("forks", "four workers that share 256 MiB by fork", 1400 * _MIB, _http),
         Workload("redis", "Redis with a million keys", 200 * _MIB, _redis),
+        Workload("torch-gpu", "3.4 billion weights on a GPU, compiled", 24000 * _MIB, _http, within=""),
         Workload("vllm-cpu", "vLLM's engine on a CPU (docs/vllm.md)", 4200 * _MIB, _vllm, within=""),
     )
 }
