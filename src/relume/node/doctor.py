@@ -25,6 +25,7 @@ from relume.engine.network import pasta
 from relume.errors import HostError
 from relume.linux import cgroup, memory, mounts, syscall, userfaultfd
 from relume.node.places import KDAT_DIRECTORY
+from relume.runc import seccomp
 from relume.runc.command import find_criu, find_runc
 
 CRIU_MINIMUM = (4, 2)
@@ -67,6 +68,7 @@ def examine(state: Path) -> list[Finding]:
         ("capabilities", _capabilities),
         ("CAP_SYS_RESOURCE", _sys_resource),
         ("runc", _runc),
+        ("seccomp", _seccomp),
         ("criu", _criu),
         ("criu check", _criu_check),
         ("criu cache", _criu_cache),
@@ -137,6 +139,11 @@ def _runc() -> Finding:
     return Finding(
         "runc", False, f"{found} ({binary}) is too old", "install runc 1.1 or newer: script/bootstrap"
     )
+
+
+def _seccomp() -> Finding:
+    seccomp.profile(frozenset())  # raises HostError with the remedy
+    return Finding("seccomp", True, f"the distribution's profile, narrowed ({seccomp.PROFILE})")
 
 
 def _criu() -> Finding:

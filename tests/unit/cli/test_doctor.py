@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from relume.errors import HostError
 from relume.linux import cgroup, mounts
 from relume.node import doctor
 from relume.node.doctor import Finding, examine
+from relume.runc import seccomp
 
 Relume = Callable[..., Any]
 
@@ -27,11 +29,22 @@ def program(path: Path, text: str, status: int = 0) -> Path:
     return path
 
 
+def test_no_seccomp_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by a build otherwise, which is late."""
+
+    def lacking(path: Path) -> dict[str, Any]:
+        raise HostError(f"no seccomp profile can be read from {path}", hint="install the package")
+
+    monkeypatch.setattr(seccomp, "_distribution", lacking)
+    finding = found("seccomp", tmp_path)
+    assert finding.ok is False and finding.remedy == "install the package"
+
+
 def test_this_machine(tmp_path: Path) -> None:
     """Whatever it has or lacks: every finding is whole, and none of the trials leaves a trace."""
     findings = examine(tmp_path / "state")
     names = [finding.name for finding in findings if not finding.name.startswith("gpu")]
-    assert len(set(names)) == len(names) == 18
+    assert len(set(names)) == len(names) == 19
     assert any(finding.name == "gpu" for finding in findings)
     for finding in findings:
         assert finding.detail
