@@ -18,7 +18,10 @@ from relume.cli.benchmark import report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("bench.md", "gpu.md", "region.md", "vllm.md")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("bench.md", "gpu.md", "region.md", "vllm.md")),
+)
 
 _BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 

@@ -14,10 +14,6 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-os.environ.setdefault(
-    "TORCHINDUCTOR_COMPILE_THREADS", "1"
-)  # no pool of processes that outlives the compiling
-
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file

@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from relume.linux import cgroup
+
 # Kernel names (/proc/cpuinfo) of what user space dispatches on; the rest of the list is the kernel's own.
 _DISPATCHED = frozenset(
     """sse sse2 ssse3 sse4_1 sse4_2 popcnt aes pclmulqdq vpclmulqdq vaes avx f16c fma bmi1 bmi2 lzcnt abm movbe avx2
@@ -35,7 +37,8 @@ NO_GPU: Offers = ((),)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Platform:
-    """``cpu`` is sorted. ``kernel`` and the versions are the strings that the programs print."""
+    """``cpu`` is sorted. ``kernel`` and the versions are the strings that the programs print. ``cgroups`` is "v2" where
+    that version alone is mounted, else empty: an image names the hierarchies that its processes were in."""
 
     arch: str
     cpu: tuple[str, ...]
@@ -43,11 +46,15 @@ class Platform:
     criu: str
     runc: str
     gpu: tuple[str, ...] = ()
+    cgroups: str = ""
 
     @property
     def key(self) -> str:
         """A short name: equal platforms have equal keys."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        facts = dataclasses.asdict(self)
+        if not self.cgroups:
+            del facts["cgroups"]  # a later field: the names from before it stay
+        text = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @classmethod
@@ -57,7 +64,8 @@ class Platform:
 
 def here(*, criu: str, runc: str, gpu: tuple[str, ...] = ()) -> Platform:
     """This machine, with these versions of the engine."""
-    return Platform(platform.machine(), cpu_features(), os.uname().release, criu, runc, gpu)
+    cgroups = "v2" if cgroup.unified() else ""
+    return Platform(platform.machine(), cpu_features(), os.uname().release, criu, runc, gpu, cgroups)
 
 
 @cache
@@ -80,6 +88,8 @@ def differences(taken_on: Platform, here: Platform, offers: Offers | None = None
         then, now = getattr(taken_on, field), getattr(here, field)
         if then != now:
             reasons.append(f"{word}: taken on {then}, here {now}")
+    if taken_on.cgroups != here.cgroups:
+        reasons.append(f"cgroups: taken on {taken_on.cgroups or 'v1'}, here {here.cgroups or 'v1'}")
     if missing := sorted(set(taken_on.cpu) - set(here.cpu)):
         reasons.append(f"CPU: lacks {', '.join(missing)}")
     offers = (here.gpu,) if offers is None else offers

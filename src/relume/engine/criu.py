@@ -108,8 +108,11 @@ class Criu:
             arguments.append("--lazy-pages")
         else:
             await self.drop_pager()
-        pid = await self._bring_up(arguments, wait_for_way_out=job.needs_network)
-        if cgroup.elsewhere(pid, self._container.cgroup):
+        try:
+            pid = await self._bring_up(arguments, wait_for_way_out=job.needs_network)
+        finally:
+            cgroup.keep_options()
+        if cgroup.elsewhere(pid, self._container.cgroup) and not process.exiting(pid):
             process.send(pid, signal.SIGKILL)  # and with it all of its pid namespace
             raise EngineError(
                 f"CRIU restored it outside of {self._container.cgroup}, where no limit holds",
@@ -245,6 +248,7 @@ class Criu:
             self._dumping = None
             gate.close()
             await asyncio.to_thread(self._let_go, mend=code != 0)
+            cgroup.keep_options()
         dumped = self._dump_result(job, code, result[0], time.monotonic() - started)
         if too_slow and dumped.error:
             dumped = dataclasses.replace(dumped, error=f"it was not done within {job.timeout:.0f} s")

@@ -18,7 +18,7 @@ from relume.gpu.processes import Census, take_census
 
 UVM_TOLERATED: Final = 64 << 20
 """Bytes of /dev/nvidia-uvm mappings that every context may have without managed memory: the driver maps its
-semaphore pools from there too. A guess on the safe side of 2 MB pools, not measured on a GPU."""
+semaphore pools from there too. A guess on the safe side of 2 MB pools: a torch server on an H100 stays below it."""
 
 
 @dataclass(frozen=True, slots=True)

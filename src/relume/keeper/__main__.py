@@ -21,12 +21,13 @@ from relume.engine.paging import PagerProcess
 from relume.keeper import zygote
 from relume.keeper.client import SOCKET
 from relume.keeper.server import Server
-from relume.linux import process
+from relume.linux import cgroup, process
 from relume.pager import main as pager
 
 
 def main() -> None:
     """Fork keepers until the node is gone."""
+    cgroup.options()  # as they are before this node's first CRIU; keepers inherit the answer
     if "--store" in sys.argv[2:]:
         from relume.pager import remote  # noqa: F401  (half a second that nodes without a region are spared)
     zygote.serve(socket.socket(fileno=int(sys.argv[1])), become_keeper)

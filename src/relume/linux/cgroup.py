@@ -6,14 +6,34 @@ hierarchies at once (v1). Functions here act on all of them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
 import time
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
+from relume.linux import mounts
+
 ROOT = Path("/sys/fs/cgroup")
+
+MAKE_ROOM = (
+    "in this container, before the node: cd /sys/fs/cgroup && mkdir -p init && for pid in $(cat cgroup.procs); do "
+    "echo $pid > init/cgroup.procs; done; echo '+cpu +memory +pids' > cgroup.subtree_control"
+)
+
+_MS_REMOUNT = 32
+_MOUNT_FLAGS = {
+    "rw": 0,
+    "ro": 1,
+    "nosuid": 2,
+    "nodev": 4,
+    "noexec": 8,
+    "noatime": 1 << 10,
+    "relatime": 1 << 21,
+}
 
 
 @cache
@@ -34,6 +54,52 @@ def hierarchies() -> tuple[Path, ...]:
             if rest.split(" ", 1)[0] in ("cgroup", "cgroup2"):
                 found.append(Path(fields.split(" ")[4]))
     return tuple(found)
+
+
+def crowded(wanted: Collection[str] = ("memory", "cpu", "pids")) -> str:
+    """Why no group of ours can have the controllers ``wanted``, in a container with version 2; else empty.
+
+    The root of a cgroup namespace is a group like any other: as long as processes are in it, those below it get no
+    controllers (cgroups(7), "no internal processes").
+    """
+    if not unified() or not (ROOT / "cgroup.type").exists():  # the real root has none
+        return ""
+    missing = set(wanted) - set((ROOT / "cgroup.subtree_control").read_text().split())
+    if not missing or not (ROOT / "cgroup.procs").read_text().strip():
+        return ""
+    return f"processes lie in {ROOT} itself, which keeps {', '.join(sorted(missing))} from the groups below"
+
+
+@cache
+def options() -> tuple[str, ...]:
+    """The options of version 2 itself (``nsdelegate`` and the like) at the first call; empty where it has none."""
+    return _mounted()[1]
+
+
+def keep_options() -> None:
+    """Give version 2 the options back that it had at the first call of ``options``. Never raises.
+
+    The kernel has one set of them for all mounts, and takes it from the latest that is made outside of a cgroup
+    namespace (cgroup_get_tree). CRIU mounts the hierarchy for a moment at each dump and restore, without any, and the
+    whole host's memory.min and delegation hang on them (moby #50466 met the same).
+    """
+    if not options():
+        return
+    root, now, flags = _mounted()
+    if root is not None and not set(options()) <= set(now):
+        with contextlib.suppress(OSError):
+            mounts.mount("cgroup2", root, None, _MS_REMOUNT | flags, ",".join(options()))
+
+
+def _mounted() -> tuple[Path | None, tuple[str, ...], int]:
+    """Version 2's first mount: where, its own options, and the flags of this mount (mount(2))."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, target, kind, listed, *_ = line.split(" ")
+        if kind == "cgroup2":
+            words = listed.split(",")
+            flags = sum(_MOUNT_FLAGS.get(word, 0) for word in words)
+            return Path(target), tuple(word for word in words if word not in _MOUNT_FLAGS), flags
+    return None, (), 0
 
 
 def directories(group: str) -> list[Path]:

@@ -221,6 +221,8 @@ def _cgroups() -> Finding:
         except OSError as error:
             remedy = "cgroups must be writable: mount them read-write, or run on the host itself"
             return Finding("cgroups", False, f"{layout}; no group can be made: {error}", remedy)
+    if crowded := cgroup.crowded(wanted):
+        return Finding("cgroups", False, f"{layout}; {crowded}", cgroup.MAKE_ROOM)
     return Finding("cgroups", True, f"{layout}; {', '.join(sorted(wanted))}")
 
 

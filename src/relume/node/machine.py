@@ -32,6 +32,8 @@ def prepare(places: Places, *, allow_userfaultfd: bool) -> bool:
     """
     if os.geteuid() != 0:
         raise HostError("a node needs root", hint="run it with sudo, or by the systemd unit in packaging/")
+    if crowded := cgroup.crowded():
+        raise HostError(f"no instance could have limits: {crowded}", hint=cgroup.MAKE_ROOM)
     for directory in (RUN, places.runtime):
         directory.mkdir(parents=True, exist_ok=True)
         directory.chmod(0o711)

@@ -16,6 +16,7 @@ MARGIN_BYTES = 64 << 20
 
 _FILES = (
     ("memory.current", "memory.max", "inactive_file"),
+    ("memory.current", "memory.high", "inactive_file"),  # kills nobody, but slows down everybody
     ("memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file"),
 )
 
@@ -27,10 +28,11 @@ def available(group: str | None) -> int:
     """
     room = memory.machine().available - MARGIN_BYTES
     if group is not None:
-        for name in _upwards(group):
-            for directory in cgroup.directories(name):
-                for used, limit in _used_and_limit(directory):
-                    room = min(room, limit - used - max(MARGIN_BYTES, limit // 20))
+        # The roots too: where the node runs in a container, they are the container's, and so is their limit.
+        directories = [each for name in _upwards(group) for each in cgroup.directories(name)]
+        for directory in (*directories, *cgroup.hierarchies()):
+            for used, limit in _used_and_limit(directory):
+                room = min(room, limit - used - max(MARGIN_BYTES, limit // 20))
     return room
 
 

@@ -39,6 +39,9 @@ _MPTCP = Path("/proc/sys/net/mptcp/enabled")
 
 _QUIET = ("nosuid", "noexec", "nodev")
 
+_MOST_SHARES = 262_144
+"""The kernel's limit of cpu.shares, which is cpu.weight 10000 of version 2; more processors than 256 have no more."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mount:
@@ -156,7 +159,7 @@ class Spec:
             resources["cpu"] = {
                 "quota": max(1000, round(limits.cpus * period)),
                 "period": period,
-                "shares": max(2, round(limits.cpus * 1024)),
+                "shares": min(_MOST_SHARES, max(2, round(limits.cpus * 1024))),
             }
         if limits.pids is not None:
             resources["pids"] = {"limit": limits.pids}

@@ -310,7 +310,7 @@ class Lab:
         for image in checkpoint.images.iterdir():
             os.chown(image, id_base, id_base)
         os.chown(checkpoint.images, id_base, id_base)
-        box.config.write_text(self.options(loopback))
+        box.config.write_text(self.options(loopback, f"cgroup-root {box.cgroup}"))
         work = box.directory / "restore"
         work.mkdir()
         box.run(

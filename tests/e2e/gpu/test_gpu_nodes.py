@@ -58,7 +58,7 @@ def folder() -> Iterator[Path]:
     path.rmdir()
 
 
-def config(bundle: Path, options: Path) -> dict[str, Any]:
+def config(bundle: Path, name: str, options: Path) -> dict[str, Any]:
     mapping = [{"containerID": 0, "hostID": BASE, "size": 65536}]
     return {
         "ociVersion": "1.0.2",
@@ -75,6 +75,7 @@ def config(bundle: Path, options: Path) -> dict[str, Any]:
         ],
         "linux": {
             "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network", "user")],
+            "cgroupsPath": f"/{name}",
             "uidMappings": mapping,
             "gidMappings": mapping,
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
@@ -87,12 +88,14 @@ class Instance:
     def __init__(self, folder: Path, name: str, edits: cdi.OciEdits) -> None:
         self.bundle, self.name = folder / name, f"{NAME}{name}"
         self.runc = Runc(find_runc(), folder / "runc", find_criu())
-        (folder / "criu.conf").write_text("file-locks\nnetwork-lock skip\ntcp-close\n")
+        (folder / "criu.conf").write_text(
+            f"file-locks\nnetwork-lock skip\ntcp-close\ncgroup-root /{self.name}\n"
+        )
         for part in ("upper", "work", "root"):
             (self.bundle / part).mkdir(parents=True)
         os.chown(self.bundle / "upper", BASE, BASE)
         mounts.overlay([Path("/")], self.bundle / "upper", self.bundle / "work", self.bundle / "root")
-        text = json.dumps(cdi.apply(config(self.bundle, folder / "criu.conf"), edits))
+        text = json.dumps(cdi.apply(config(self.bundle, self.name, folder / "criu.conf"), edits))
         (self.bundle / "config.json").write_text(text)
 
     def run(self, verb: str, *arguments: str) -> None:

@@ -24,6 +24,7 @@ TAKEN = Platform("x86_64", ("aes", "avx", "avx2"), "6.12.0", "4.2.1", "1.1.5", (
         ({"kernel": "6.1.0"}, "kernel: taken on 6.12.0, here 6.1.0"),
         ({"criu": "4.1"}, "CRIU: taken on 4.2.1, here 4.1"),
         ({"runc": "1.3.0"}, "runc: taken on 1.1.5, here 1.3.0"),
+        ({"cgroups": "v2"}, "cgroups: taken on v1, here v2"),
         ({"cpu": ("aes",)}, "CPU: lacks avx, avx2"),
         ({"gpu": ()}, "GPU: taken on H100 565.57, here none"),
         ({"gpu": ("A10 565.57",)}, "GPU: taken on H100 565.57, here A10 565.57"),

@@ -70,7 +70,7 @@ class TestArguments:
 @pytest.mark.parametrize("name", sorted(WORKLOADS))
 def test_every_workload_is_an_app_that_can_be_deployed(name: str) -> None:
     config = load_app(WORKLOADS[name].directory)
-    config.require_deployable()
+    config.require_deployable(gpus=1)
     assert config.warnings == ()
     assert config.checkpointing
     # Room for all of its memory, paged in privately, with what the node wants to spare.

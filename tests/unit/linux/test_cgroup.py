@@ -124,3 +124,49 @@ def _gone() -> int:
     ended = subprocess.Popen(["true"])
     ended.wait()
     return ended.pid
+
+
+MOUNTS = (
+    "tmpfs /dev tmpfs rw 0 0\n"
+    "cgroup2 /sys/fs/cgroup cgroup2 rw,nosuid,nodev,noexec,relatime{} 0 0\n"
+    "cgroup2 /other cgroup2 ro 0 0\n"
+)
+
+
+def test_version_2_keeps_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[object, ...]] = []
+    said = [MOUNTS.format(",nsdelegate,memory_recursiveprot")]
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, *a: said[0] if path == Path("/proc/self/mounts") else read(path, *a)
+    )
+    monkeypatch.setattr(cgroup.mounts, "mount", lambda *arguments: made.append(arguments))
+    cgroup.options.cache_clear()
+    try:
+        assert cgroup.options() == ("nsdelegate", "memory_recursiveprot")
+        cgroup.keep_options()
+        assert not made
+        said[0] = MOUNTS.format("")
+        cgroup.keep_options()
+        flags = 32 | 2 | 4 | 8 | 1 << 21
+        assert made == [("cgroup2", Path("/sys/fs/cgroup"), None, flags, "nsdelegate,memory_recursiveprot")]
+        cgroup.options.cache_clear()  # never had any: nothing to give back
+        cgroup.keep_options()
+        assert len(made) == 1
+    finally:
+        cgroup.options.cache_clear()
+
+
+def test_processes_beside_the_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+    monkeypatch.setattr(cgroup, "unified", lambda: True)
+    (tmp_path / "cgroup.procs").write_text("1\n")
+    (tmp_path / "cgroup.subtree_control").write_text("pids\n")
+    assert not cgroup.crowded(), "the real root may have both"
+    (tmp_path / "cgroup.type").write_text("domain\n")
+    assert "cpu, memory from the groups" in cgroup.crowded()
+    (tmp_path / "cgroup.subtree_control").write_text("cpuset cpu memory pids\n")
+    assert not cgroup.crowded()
+    (tmp_path / "cgroup.subtree_control").write_text("")
+    (tmp_path / "cgroup.procs").write_text("")
+    assert not cgroup.crowded(), "runc turns them on itself"

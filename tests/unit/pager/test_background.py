@@ -109,3 +109,10 @@ def test_the_tightest_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert room.available("/a/b") == (1000 - 900 + 100) * mib - room.MARGIN_BYTES
     (tmp_path / "a" / limit).write_text(str(1 << 62) if version == 1 else "max")
     assert room.available("/a/b") == pytest.approx(room.available(None), rel=0.2)
+    # The node itself in a container: the hierarchy's root is that container's group.
+    for file, text in ((used, 900 * mib), (limit, 1000 * mib), ("memory.stat", f"{reclaimable} 0")):
+        (tmp_path / file).write_text(f"{text}\n")
+    assert room.available("/a/b") == 100 * mib - room.MARGIN_BYTES
+    if version == 2:
+        (tmp_path / "memory.high").write_text(f"{980 * mib}\n")
+        assert room.available("/a/b") == 80 * mib - room.MARGIN_BYTES

@@ -102,7 +102,11 @@ def test_no_limit_above_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
         (Limits(memory=1 << 31, pids=None), {"memory": {"limit": 1 << 31}}),
         (Limits(cpus=2, pids=None), {"cpu": {"quota": 200_000, "period": 100_000, "shares": 2048}}),
         (Limits(cpus=0.5, pids=None), {"cpu": {"quota": 50_000, "period": 100_000, "shares": 512}}),
-        # The kernel refuses a quota under 1 ms and shares under 2.
+        # The kernel refuses a quota under 1 ms, and shares under 2 and over 262144.
+        (
+            Limits(cpus=512, pids=None),
+            {"cpu": {"quota": 51_200_000, "period": 100_000, "shares": 262_144}},
+        ),
         (Limits(cpus=0.001, pids=None), {"cpu": {"quota": 1000, "period": 100_000, "shares": 2}}),
     ],
 )
