@@ -15,7 +15,7 @@ import asyncio
 import os
 import shutil
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,7 @@ class Offline(Run):
         async def make() -> Made:
             return Made(self._place(kind, trees[kind]), {})
 
-        stage: Awaitable[Made] = self._stage(kind, inputs, make)
-        self._take(await stage)
+        self._take(await self._stage(kind, inputs, make))
 
     def _place(self, kind: str, fill: Callable[[Path], None]) -> Layer:
         """A layer named by what it was made from, not by its bytes: it never leaves this machine."""

@@ -25,7 +25,6 @@ from relume.errors import GpuError, GpuLost, GpuTimeout, GpuUnsupported, RelumeE
 from relume.gpu.client import AsyncGpuDriver
 from relume.gpu.driver import (
     NO_CONTEXT,
-    NOT_CUDA,
     NOT_READY,
     OUT_OF_MEMORY,
     DriverError,
@@ -190,12 +189,14 @@ class GpuCheckpointer:
         """
         if any(old != new for old, new in gpu_map.items()):
             check_version((await self.driver.survey()).driver_version, remap=True)
-        said = {pid: await self._said(pid) for pid in pids}
+        states = {pid: await state_of(self.driver, pid) for pid in pids}
         waiting = [
-            pid for pid, state in said.items() if state in (ProcessState.CHECKPOINTED, ProcessState.LOCKED)
+            pid for pid, state in states.items() if state in (ProcessState.CHECKPOINTED, ProcessState.LOCKED)
         ]
         if len(waiting) != expected:
-            words = [f"{pid}: {getattr(state, 'name', state)}" for pid, state in said.items()]
+            words = [
+                f"{pid}: {state.name if state is not None else 'no CUDA'}" for pid, state in states.items()
+            ]
             raise GpuLost(
                 f"{expected} processes had GPU memory in the checkpoint, {len(waiting)} of the copy have "
                 f"(the driver says of {', '.join(words[:8]) or 'no process'})",
@@ -210,15 +211,6 @@ class GpuCheckpointer:
         return await self._bring_back(
             [pid for pid in pids if await state_of(self.driver, pid) is not None], {}
         )
-
-    async def _said(self, pid: int) -> ProcessState | str:
-        """The state of a process, or why the driver names none."""
-        try:
-            return await self.driver.state(pid)
-        except DriverError as error:
-            if error.result in NOT_CUDA:
-                return error.name
-            raise
 
     async def _lock(self, process: CudaProcess) -> float:
         started = time.monotonic()

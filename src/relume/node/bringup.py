@@ -149,7 +149,7 @@ class BringUp:
 
     async def resume(self, instance: Instance, checkpoint: Checkpoint, start: Start) -> None:
         """Let a prepared instance run, with today's environment. Raises EngineError, StartFailed."""
-        merged = self.environment(instance.build, start.environment, gpu=instance.grant is not None)
+        merged = self.environment(instance.build, start.environment)
         start.under_way = True
         await instance.keeper.resume(merged, dict(start.environment), FIRST_LINE, checkpoint.stopped)
         start.trace.mark("resumed")
