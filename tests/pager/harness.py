@@ -69,7 +69,9 @@ class PagerProcess:
         return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0])
 
     def send(self, **command: Any) -> None:
-        self.control.sendall(json.dumps(command).encode() + b"\n")
+        """Nothing comes of it when the pager has ended meanwhile: its last event says how."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.control.sendall(json.dumps(command).encode() + b"\n")
 
     def event(self, name: str, seconds: float = 20.0) -> dict[str, Any]:
         """Waits for the event ``name``. Raises AssertionError when another end comes first."""

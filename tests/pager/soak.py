@@ -211,7 +211,9 @@ class Soak:
         what = f"restore {number}, victim {victim}, {options}"
         with self._pager(**options) as pager:
             murder = threading.Timer(choice.uniform(0, self.usual), self._kill, (pager, victim))
-            answer = threading.Timer(choice.uniform(0, self.usual), self._answer, (pager,))
+            answer = threading.Timer(
+                choice.uniform(0, self.usual), pager.send, kwargs={"command": "first_answer"}
+            )
             murder.start()
             answer.start()
             try:
@@ -246,8 +248,7 @@ class Soak:
     def _end(self, pager: PagerProcess) -> None:
         """Nothing of the instance may be left when the pager says so, and the pager may not stay behind."""
         if pager.process.poll() is None and any(map(running, self.checkpoint.pids)):
-            with contextlib.suppress(OSError):
-                pager.send(command="stop")
+            pager.send(command="stop")
             # One that is complete has let go of the instance, and does not listen any more.
             wait_until(lambda: pager.process.poll() is not None, 20, "the pager ends")
         cgroup.kill(self.groups.instance)
@@ -265,10 +266,6 @@ class Soak:
                     os.kill(pager.pager_pid, signal.SIGKILL)
                 case "holder":
                     os.kill(pager.process.pid, signal.SIGKILL)
-
-    def _answer(self, pager: PagerProcess) -> None:
-        with contextlib.suppress(OSError):
-            pager.send(command="first_answer")
 
     def _go(self) -> None:
         for path in [*self.folder.glob("done.*"), *self.folder.glob("bad.*")]:
