@@ -11,6 +11,8 @@ import sys
 import textwrap
 import time
 import urllib.request
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,7 @@ class Relume:
                 stderr=log,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while self.run("node", "status", check=False).returncode != 0:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
@@ -101,7 +103,7 @@ class Relume:
     def kill_node(self, number: int = signal.SIGKILL) -> None:
         assert self.process is not None
         self.process.send_signal(number)
-        self.process.wait(20)
+        self.process.wait(120)
 
     def run(
         self, *arguments: str, check: bool = True, timeout: float = 300
@@ -194,13 +196,38 @@ def share_builds(relume: Relume, state: Path) -> None:
     subprocess.run(["cp", "-al", str(relume.state / "builds"), str(state / "builds")], check=True)
 
 
-def until(condition: Any, patience: float = 30, what: str = "") -> Any:
+def until(condition: Any, patience: float = 120, what: str = "") -> Any:
     """Wait until ``condition()`` is true; returns what it gave."""
     deadline = time.monotonic() + patience
     while not (value := condition()):
         assert time.monotonic() < deadline, what or "it did not come to be in time"
         time.sleep(0.05)
     return value
+
+
+def in_its_dump(
+    relume: Relume,
+    app: App,
+    pool: Executor,
+    started: dict[str, Any],
+    path: str,
+    reached: Callable[[], object],
+) -> Future[Any]:
+    """Ask for a checkpoint at ``path``, and return when ``reached`` is true in the middle of it.
+
+    A machine that is busy may let nobody look before all is over: then it is asked for anew.
+    """
+    for _ in range(10):
+        asked = pool.submit(get, started, path, 120)
+        deadline = time.monotonic() + 120
+        while not asked.done() and time.monotonic() < deadline:
+            if reached():
+                return asked
+            time.sleep(0.005)
+        asked.result(0)
+        for row in relume.checkpoints(app.name):
+            relume.run("checkpoints", "rm", row["checkpoint_id"])
+    raise AssertionError(f"not once in the middle of {path}")
 
 
 def shrink_to_fit(tmpfs: Path) -> None:

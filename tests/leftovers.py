@@ -38,7 +38,7 @@ def interfaces() -> set[str]:
     return {path.name for path in Path("/sys/class/net").iterdir()}
 
 
-def soon_nothing(look, *arguments, patience: float = 10) -> None:  # type: ignore[no-untyped-def]
+def soon_nothing(look, *arguments, patience: float = 60) -> None:  # type: ignore[no-untyped-def]
     """Assert that ``look(*arguments)`` finds nothing, or at least not for long."""
     deadline = time.monotonic() + patience
     while found := look(*arguments):

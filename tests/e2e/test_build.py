@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -357,7 +356,7 @@ async def test_a_killed_builder_is_cleaned_up_after(builder: Builder, write: Wri
         try:
             assert child.stdout is not None
             assert any(line.strip() == "started" for line in child.stdout)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while not _running("4712"):  # noqa: ASYNC110  (it says so before it becomes the command)
                     await asyncio.sleep(0.01)
             await builder.clean()
@@ -388,9 +387,9 @@ async def test_removing_a_build_keeps_what_others_need(builder: Builder, write: 
     assert gone
     assert not any(layer.path.exists() for layer in gone)
     assert all(layer.path.is_dir() for layer in other.layers)
-    started = time.monotonic()
-    assert await build(builder, app) == other
-    assert time.monotonic() - started < 5
+    lines: list[str] = []
+    assert await build(builder, app, lines) == other
+    assert lines == [f"build {other.build_id}: nothing changed, reused"]
 
 
 @pytest.mark.slow

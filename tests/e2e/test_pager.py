@@ -144,15 +144,20 @@ def test_the_torture_passes_while_memory_comes_in(
 
 
 def test_the_program_ends_in_the_middle(torture: Torture) -> None:
-    torture.go()
-    with torture.checkpoint.pager() as pager:
-        assert torture.checkpoint.restore(lazy=True).returncode == 0
-        pager.event("restored")
-        pager.send(command="first_answer")
-        time.sleep(0.02)
-        torture.checkpoint.kill()
-        pager.event("gone")
-        assert pager.process.wait(10) == 0
+    for _ in range(5):  # until the fill is not over before
+        torture.go()
+        with torture.checkpoint.pager() as pager:
+            assert torture.checkpoint.restore(lazy=True).returncode == 0
+            pager.event("restored")
+            pager.send(command="first_answer")
+            time.sleep(0.02)
+            torture.checkpoint.kill()
+            end = pager.end()
+            assert pager.process.wait(20) == 0
+        if end == "gone":
+            return
+        assert end == "filled"
+    raise AssertionError("the fill was over each time")
 
 
 def test_stop_ends_what_is_left(torture: Torture) -> None:
@@ -214,7 +219,8 @@ def test_a_flipped_bit_is_found_before_it_is_memory(torture: Torture) -> None:
     try:
         torture.go()
         with checkpoint.pager(verify=torture.folder / "other-runtime") as pager:
-            assert checkpoint.restore(lazy=True).returncode == 0
+            # What CRIU returns is not asked: the first process that it lets go may end all of them at once.
+            checkpoint.restore(lazy=True)
             pager.event("restored")
             pager.send(command="first_answer")
             assert "not what was written" in pager.event("failed")["reason"]

@@ -24,6 +24,10 @@ from relume.linux import cgroup, process
 from relume.pager.job import Job
 
 PAGE = 4096
+
+#: The pager says nothing after one of these.
+ENDS = ("failed", "filled", "gone")
+
 SOURCE = Path(__file__).parent
 ROOT = SOURCE.parents[1]
 OPTIONS = (
@@ -80,14 +84,22 @@ class PagerProcess:
             for event in self.events:
                 if event["event"] == name:
                     return event
-            assert not self.events or self.events[-1]["event"] not in ("failed", "filled", "gone"), (
-                self.events
-            )
-            self.control.settimeout(max(0.01, deadline - time.monotonic()))
-            received = self.control.recv(65536)
-            assert received, f"the pager is gone without {name!r}: {self.events}"
-            *lines, self._partial = (self._partial + received).split(b"\n")
-            self.events += map(json.loads, lines)
+            assert not self.events or self.events[-1]["event"] not in ENDS, self.events
+            self._receive(name, deadline)
+
+    def end(self, seconds: float = 20.0) -> str:
+        """Waits for its last event; which it was."""
+        deadline = time.monotonic() + seconds
+        while not self.events or self.events[-1]["event"] not in ENDS:
+            self._receive("an end", deadline)
+        return str(self.events[-1]["event"])
+
+    def _receive(self, what: str, deadline: float) -> None:
+        self.control.settimeout(max(0.01, deadline - time.monotonic()))
+        received = self.control.recv(65536)
+        assert received, f"the pager is gone without {what}: {self.events}"
+        *lines, self._partial = (self._partial + received).split(b"\n")
+        self.events += map(json.loads, lines)
 
     def close(self) -> None:
         self.control.close()
@@ -261,10 +273,11 @@ def _anonymous(pid: int, rseq: set[int]) -> Iterator[tuple[int, bytes]]:
 
 def _descendants(pid: int) -> list[int]:
     found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in task.read_text().split():
-                found += [int(child), *_descendants(int(child))]
+    with contextlib.suppress(OSError):  # it may end meanwhile
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                for child in task.read_text().split():
+                    found += [int(child), *_descendants(int(child))]
     return found
 
 

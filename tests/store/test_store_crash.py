@@ -36,7 +36,7 @@ def hook(name):
     if name == point and hits == nth:
         os.kill(os.getpid(), signal.SIGKILL)
 
-config = RegionConfig(url, root / "region.key", lease_s=3.0, grace_s=0.0, limits=Limits(parallel=2))
+config = RegionConfig(url, root / "region.key", grace_s=0.0, limits=Limits(parallel=2))
 region = Region(config, root / "node", "node")
 region.sweep()
 faults.install(hook)

@@ -127,12 +127,11 @@ def examine(
     try:
         if statuses[init].state == "Z" and _headless(init):  # it has no root to look at
             return [Culprit(statuses[init].pids[level], statuses[init].name, *_HEADLESS)]
-        at_home = Path(f"/proc/{init}/root").samefile(rootfs)
+        if not Path(f"/proc/{init}/root").samefile(rootfs):
+            return [Culprit(statuses[init].pids[level], statuses[init].name, *_ANOTHER_ROOT)]
+        examination = _Examination(init, frozenset(statuses), rootfs, gpu)
     except proc.GONE:
         return []
-    if not at_home:
-        return [Culprit(statuses[init].pids[level], statuses[init].name, *_ANOTHER_ROOT)]
-    examination = _Examination(init, frozenset(statuses), rootfs, gpu)
     found: dict[Culprit, None] = {}  # a process may hold the same thing many times
     for pid, status in statuses.items():
         try:

@@ -178,6 +178,8 @@ class Adoption:
         self._roster.save(instance)
         instance.asked.update(told["requests"])
         self._hearing.listen(instance)
+        if told.get("paging") is not None:  # the last of it, which nobody may have heard
+            early.insert(0, {"event": "pager", "told": told["paging"]})
         for event in early:  # between its first word and our listening
             self._hearing.heard(instance, event)
         self._background.spawn(self._see_through(instance, told))

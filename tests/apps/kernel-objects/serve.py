@@ -171,14 +171,20 @@ def state(pid):
         return file.read().rpartition(")")[2].split()[0]
 
 
+def soon(condition, what):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
 def look():
     libc.sem_post(semaphore)
     assert select.select([woken], [], [], 10)[0], "the semaphore's waiter"
     assert os.read(woken, 9) == b"woken"
     assert fifo.readline() == "tick\n"
     before = shared[0]
-    time.sleep(0.3)
-    assert shared[0] != before, "memory shared over a fork"
+    soon(lambda: shared[0] != before, "memory shared over a fork")
     os.write(terminal, b"echo $KEPT $PWD $(stty size)\n")
     said = b""
     while b"99" not in said:
@@ -188,8 +194,7 @@ def look():
     assert not termios.tcgetattr(terminal)[3] & termios.ECHO
 
     count = len(alarms)
-    time.sleep(0.4)
-    assert len(alarms) > count + 2, "the POSIX timer"
+    soon(lambda: len(alarms) > count + 2, "the POSIX timer")
     assert select.select([deadline], [], [], 10)[0] and time.monotonic() >= int(began) + 3
     os.read(periodic, 8)
     assert select.select([periodic], [], [], 10)[0] and select.select([of_the_wall], [], [], 10)[0]

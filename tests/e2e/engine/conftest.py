@@ -107,7 +107,7 @@ class Box:
         spec = Spec(
             rootfs=self.rootfs,
             argv=argv,
-            env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/root", "PYTHONUNBUFFERED": "1"},
+            env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/root"},
             cwd="/",
             hostname="lab",
             cgroup=self.cgroup,
@@ -164,8 +164,11 @@ class Box:
         """Wait until it printed ``text``; returns all it printed."""
         deadline = time.monotonic() + timeout
         while text not in self.stdout:
-            if time.monotonic() > deadline or not self.pids:
-                raise AssertionError(f"no {text!r} from the container, only: {self.stdout}")
+            if not self.pids:
+                for reader in self._readers:
+                    reader.wait(10)  # it may have said it with its last breath
+                assert text in self.stdout, f"the container ended without {text!r}: {self.stdout}"
+            assert time.monotonic() < deadline, f"no {text!r} from the container, only: {self.stdout}"
             time.sleep(0.02)
         return self.stdout
 

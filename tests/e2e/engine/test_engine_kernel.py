@@ -99,7 +99,7 @@ assert struct.unpack_from("I", os.read(signals, 128))[0] == signal.SIGUSR2
 assert poll.poll(1) == [(reader, select.EPOLLIN)]
 assert os.read(reader, 99) == b"in the pipe"
 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-assert select.select([pidfd], [], [], 5)[0] and os.waitpid(child, 0)[1] == signal.SIGKILL
+assert select.select([pidfd], [], [], 30)[0] and os.waitpid(child, 0)[1] == signal.SIGKILL
 
 assert os.pread(memfd, 99, 0) == b"in the memfd"
 assert anonymous[:6] == b"shared" and bytes(segment.buf[:6]) == b"posix!"
@@ -136,14 +136,15 @@ null.write("x")
 null.flush()
 assert len(random.read(9)) == 9
 assert os.stat(f"/proc/{other}").st_uid == 33
-before = len(alarms)
-time.sleep(0.3)
-assert len(alarms) - before >= 3, "interval timer"
+before, until = len(alarms), time.monotonic() + 15
+while len(alarms) - before < 3:
+    assert time.monotonic() < until, "interval timer"
+    time.sleep(0.05)
 sleeper.join()
-# Monotonic time went on from where it was, and wall time is the real one.
-assert 4 <= slept[0] < 6, slept
-assert time.monotonic() - began < 20
-assert 0 <= time.time() - wall < 60
+# Monotonic time went on from where it was, without the time in between; wall time is the real one.
+went_on, real = time.monotonic() - began, time.time() - wall
+assert 4 <= slept[0] <= went_on <= real + 1, (slept, went_on, real)
+assert real < 300, real
 print("all well", flush=True)
 time.sleep(60)
 """
@@ -157,4 +158,4 @@ def test_kernel_objects(lab: Lab) -> None:
     for each in [*copies, box]:
         each.touch("go")
     for each in [*copies, box]:
-        each.wait_for("all well")
+        each.wait_for("all well", 90)

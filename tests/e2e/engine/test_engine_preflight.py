@@ -25,11 +25,21 @@ def call(*arguments):
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
+def told(read, write):
+    os.close(write)
+    assert os.read(read, 1)
+    os.close(read)
 def in_child(flags):
+    read, write = os.pipe()
     if os.fork() == 0:
-        if libc.unshare(flags) or os.fork() == 0:
-            time.sleep(100)
+        if libc.unshare(flags) == 0 and os.fork():
+            os.close(write)
+        else:
+            os.write(write, b"x")
+            os.close(write)
+        os.close(read)
         time.sleep(100)
+    told(read, write)
 """
 
 HEADLESS = "its main thread has ended"
@@ -64,11 +74,14 @@ REFUSED = {
     ),
     "traced by a thread": (
         "import threading\nchild = os.fork()\nif child == 0: time.sleep(100)\n"
-        "def trace(): libc.ptrace(0x4206, child, 0, 0); time.sleep(100)\nthreading.Thread(target=trace).start()",
+        "def trace(): libc.ptrace(0x4206, child, 0, 0); time.sleep(100)\nthreading.Thread(target=trace).start()\n"
+        "while 'TracerPid:\t0\\n' in open(f'/proc/{child}/status').read(): time.sleep(0.01)",
         "is traced by python3 (pid",
     ),
     "controlling terminal": (
-        'import pty\nchild, fd = pty.fork()\nif child == 0: os.open("/dev/tty", os.O_RDWR); time.sleep(100)',
+        "import pty\nread, write = os.pipe()\nchild, fd = pty.fork()\nif child == 0:\n"
+        '  os.open("/dev/tty", os.O_RDWR); os.write(write, b"x"); os.close(write); os.close(read); time.sleep(100)\n'
+        "told(read, write)",
         "holds /dev/tty",
     ),
     "uts namespace": ("in_child(0x4000000)", "uts namespace"),
@@ -125,13 +138,12 @@ class Plain:
                 stderr=errors,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not ready.exists():
             assert self._process.poll() is None and time.monotonic() < deadline, (
                 directory / "stderr"
             ).read_text()
             time.sleep(0.01)
-        time.sleep(0.05)  # for its children
 
     @property
     def pids(self) -> list[int]:

@@ -43,7 +43,7 @@ def test_repair_ends() -> None:
     ):
         connection, _ = listener.accept()
         stack.callback(connection.close)
-        connection.settimeout(5)
+        connection.settimeout(30)
         assert child.stdin is not None and child.stdout is not None
         number = int(child.stdout.readline())
 

@@ -124,7 +124,7 @@ def run(lab: Lab, loopback: str, id_base: int) -> tuple[str, str]:
     sidecar = Sidecar(box)
     try:
         box.touch("go")
-        assert sidecar.asked.wait(10), box.stdout
+        assert sidecar.asked.wait(60), box.stdout
         box.wait_for("asking")
         checkpoint = box.dump(loopback=loopback)
         copy = lab.restore(checkpoint, loopback=loopback, id_base=id_base)

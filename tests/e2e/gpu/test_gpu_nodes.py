@@ -125,12 +125,17 @@ class Instance:
         assert done.returncode == 0, self.words()
         self.pid = int((self.bundle / "pid").read_text())
 
-    def words(self) -> str:
-        """What it wrote since last asked, over one second."""
+    def words(self, until: str = "") -> list[str]:
+        """What it writes from now on, until it writes ``until`` and for one second more."""
         os.set_blocking(self.output, False)
         self._drain()
+        text = ""
+        deadline = time.monotonic() + 30
+        while until not in text.split() and time.monotonic() < deadline:
+            time.sleep(0.05)
+            text += self._drain()
         time.sleep(1)
-        return self._drain()
+        return (text + self._drain()).split()
 
     def _drain(self) -> str:
         text = b""
@@ -155,7 +160,7 @@ async def test_the_copy_has_the_node_of_its_gpu_and_not_the_originals(
     original = Instance(folder, "original", first)
     try:
         original.start("run")
-        assert set(original.words().split()) == {"0"}
+        assert set(original.words("0")) == {"0"}
         original.run("checkpoint", "--leave-running", f"--image-path={images}", f"--work-path={images}")
     finally:
         original.end()
@@ -169,7 +174,7 @@ async def test_the_copy_has_the_node_of_its_gpu_and_not_the_originals(
         inside = Path(f"/proc/{copy.pid}/root/dev")
         assert (inside / f"{NAME}0").stat().st_rdev == Path("/dev/null").stat().st_rdev
         await nodes.change(copy.pid, new, old)
-        assert "1" in copy.words().split()
+        assert "1" in copy.words("1")
         assert not (inside / f"{NAME}0").exists()
         assert (inside / f"{NAME}1").stat().st_rdev == os.makedev(1, 5)
     finally:

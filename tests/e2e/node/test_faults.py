@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import MAIN, SNIPPET, App, Failed, Relume, get, shrink_to_fit, until
+from harness import MAIN, SNIPPET, App, Failed, Relume, get, in_its_dump, shrink_to_fit, until
 from relume.linux import cgroup, mounts, proc
 from relume.linux.process import exiting, traced
 
@@ -24,6 +24,11 @@ def making(relume: Relume) -> list[Path]:
 
 def node_id(relume: Relume) -> str:
     return str(relume.json("node", "status")["node_id"])
+
+
+def written(relume: Relume) -> list[Path]:
+    """The files of pages that a dump has begun."""
+    return [page for place in making(relume) for page in place.glob("images/pages-*.img")]
 
 
 def processes(relume: Relume, instance: str) -> list[int]:
@@ -154,7 +159,8 @@ serve()
     )
     relume.deploy(app.directory)
     started = relume.start(app.name)
-    get(started, "/go")
+    with contextlib.suppress(OSError):  # a machine that stands still may let the timer win
+        get(started, "/go")
     until(lambda: relume.ps(app.name)[0]["state"] == "exited")
     until(lambda: not making(relume))
     assert processes(relume, started["instance_id"]) == []
@@ -167,8 +173,7 @@ def test_app_killed_while_frozen(relume: Relume, app: App) -> None:
     for patience in (0.0, 0.05, 0.1, 0.2):
         started = relume.start(app.name, "--no-restore")
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            asked = pool.submit(get, started, "/go")
-            until(lambda: [page for place in making(relume) for page in place.glob("images/pages-*.img")])
+            asked = in_its_dump(relume, app, pool, started, "/go", lambda: written(relume))
             time.sleep(patience)
             for pid in processes(relume, started["instance_id"]):
                 os.kill(pid, signal.SIGKILL)
@@ -217,9 +222,7 @@ serve()
     started = relume.start(app.name)
     worker = max(processes(relume, started["instance_id"]))
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        asked = pool.submit(get, started, "/go")
-        until(lambda: [page for place in making(relume) for page in place.glob("images/pages-*.img")])
-        until(lambda: traced(worker))
+        asked = in_its_dump(relume, app, pool, started, "/go", lambda: written(relume) and traced(worker))
         os.kill(worker, signal.SIGKILL)
         try:
             answer = asked.result(60)
@@ -230,7 +233,7 @@ serve()
     assert (answer["status"], answer["reason"]) == ("failed", "engine")
     assert "killed" in answer["message"], answer
     assert get(started, "/count")["hits"] == 1
-    assert not making(relume)
+    until(lambda: not making(relume))
 
 
 def test_client_that_hangs_up_during_the_post(relume: Relume, app: App) -> None:
@@ -354,8 +357,7 @@ serve()
     started = relume.start(app.name)
     assert get(started, "/talk") == ["hello", True]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        asked = pool.submit(get, started, "/go")
-        until(lambda: [page for place in making(relume) for page in place.glob("images/pages-*.img")])
+        asked = in_its_dump(relume, app, pool, started, "/go", lambda: written(relume))
         (criu,) = dumping(processes(relume, started["instance_id"]))
         os.kill(criu, signal.SIGSTOP)
         try:
@@ -365,8 +367,8 @@ serve()
     assert answer["status"] == "failed"
     assert "not done within" in answer["message"], answer
     assert get(started, "/talk") == ["hello", True]
-    assert not making(relume)
-    assert exiting(criu)
+    until(lambda: not making(relume))
+    until(lambda: exiting(criu))
 
 
 def dumping(pids: list[int]) -> set[int]:
@@ -391,9 +393,7 @@ def test_no_room_on_the_disk(second: Relume, app: App) -> None:
         # Room at the first look, and none when it comes to writing.
         mounts.mount("tmpfs", checkpoints, "tmpfs", mounts.MS_REMOUNT, "size=700m")
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            asked = pool.submit(get, started, "/go")
-            while not making(second):
-                time.sleep(0.001)
+            asked = in_its_dump(second, app, pool, started, "/go", lambda: making(second))
             shrink_to_fit(checkpoints)
             answer = asked.result()
         assert (answer["status"], answer["reason"]) == ("failed", "insufficient_disk"), answer
@@ -416,7 +416,16 @@ def test_proxy_variables_inside_do_not_reach_the_sidecar(relume: Relume, app: Ap
 
 
 def test_two_deploys_and_two_starts_at_once(relume: Relume, app: App) -> None:
-    app.write(f"time.sleep(0.5)\n{SNIPPET}\nserve()")
+    app.write(
+        f"""
+import uuid, pathlib
+pathlib.Path("/persistent-storage", str(uuid.uuid4())).touch()
+while len(os.listdir("/persistent-storage")) < 2:
+    time.sleep(0.01)
+{SNIPPET}
+serve()
+"""
+    )
     with concurrent.futures.ThreadPoolExecutor() as pool:
         builds = list(pool.map(lambda _: relume.deploy(app.directory)["build_id"], range(2)))
         assert builds[0] == builds[1]
@@ -535,7 +544,8 @@ def shell_at_a_terminal():
     child, terminal = __import__("pty").fork()
     if child == 0:
         os.execvp("sh", ["sh", "-i"])
-    time.sleep(0.3)
+    while "/dev/tty" not in [os.readlink(fd) for fd in __import__("glob").glob(f"/proc/{child}/fd/*")]:
+        time.sleep(0.01)
     return lambda: (os.kill(child, 9), os.waitpid(child, 0), os.close(terminal))
 def large_file():
     file = open("/large", "wb")
@@ -593,8 +603,9 @@ serve()
     relume.deploy(app.directory)
     started = relume.start(app.name)
     for kind, (process, what) in UNSUPPORTED.items():
-        # Other processes take the processors away too, so the best of a few tries is what relume does.
-        for _ in range(10):
+        # Other processes take the processors away too, so the best of some tries is what relume does.
+        deadline = time.monotonic() + 60
+        while True:
             answer = get(started, f"/go/{kind}")
             assert (answer["status"], answer["reason"]) == ("failed", "unsupported"), (kind, answer)
             (culprit,) = answer["unsupported"]
@@ -603,5 +614,5 @@ serve()
             assert answer["message"] == f"{process} (pid {culprit['pid']}): {culprit['what']}"
             if answer["longest_pause_s"] < 0.05:
                 break
-        assert answer["longest_pause_s"] < 0.05, (kind, answer["longest_pause_s"])
+            assert time.monotonic() < deadline, (kind, answer["longest_pause_s"])
     assert relume.checkpoints(app.name) == []

@@ -67,7 +67,7 @@ def test_killed_while_no_node_runs(relume: Relume, app: App) -> None:
     relume.kill_node()
     os.kill(pager, signal.SIGKILL)
     relume.start_node()
-    (other,) = until(lambda: _successor(relume, app, copy), 60, "nobody took its place")
+    (other,) = until(lambda: _successor(relume, app, copy), what="nobody took its place")
     assert get(other, "/env")["COLOUR"] == "blue"
     assert get(other, "/look/0") == 0
     assert f"paging of {copy['instance_id']} failed: " in relume.log.read_text()
@@ -97,11 +97,11 @@ def test_killed_before_the_memory_is_in(relume: Relume, app: App, victims: str) 
     for pid in {"pager": [pager], "holder": [holder], "both": [holder, pager]}[victims]:
         os.kill(pid, signal.SIGKILL)
     group = f"/relume/{relume.json('node', 'status')['node_id']}/{copy['instance_id']}"
-    until(lambda: not cgroup.processes(group), 10, "the instance runs on")
+    until(lambda: not cgroup.processes(group), what="the instance runs on")
     asking.join()
     assert answers in ([], [0])
     assert not (relume.state / "persistent" / app.name / "wrong").exists()
-    (other,) = until(lambda: _successor(relume, app, copy), 60, "nobody took its place")
+    (other,) = until(lambda: _successor(relume, app, copy), what="nobody took its place")
     assert get(other, "/env")["COLOUR"] == "blue"
     assert get(other, "/look/0") == 0
     reason = "the pager was killed by signal 9" if victims == "pager" else "holder was killed by signal 9"

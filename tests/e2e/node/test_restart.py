@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import leftovers
-from harness import MAIN, SNIPPET, App, Relume, get, until
+from harness import MAIN, SNIPPET, App, Relume, get, in_its_dump, until
 from relume.linux import cgroup
 
 TICKS = """
@@ -136,17 +136,20 @@ serve()
     started, killed = (second.start(app.name) for _ in range(2))
     node = leftovers.node_id(second)
     second.kill_node()
-    get(started, "/end/7")
+    with contextlib.suppress(OSError):  # a machine that stands still may let the timer win
+        get(started, "/end/7")
     for pid in cgroup.processes(f"/relume/{node}/{killed['instance_id']}"):
         os.kill(pid, signal.SIGKILL)
     for one in (started, killed):
         until(lambda one=one: not cgroup.processes(f"/relume/{node}/{one['instance_id']}"))  # type: ignore[misc]
     second.start_node()
-    rows = {row["instance_id"]: (row["state"], row["exit_code"]) for row in second.ps(app.name)}
-    assert rows == {
+    ends = {
         started["instance_id"]: ("exited", 7),
         killed["instance_id"]: ("exited", 128 + signal.SIGKILL),
     }
+    until(
+        lambda: {row["instance_id"]: (row["state"], row["exit_code"]) for row in second.ps(app.name)} == ends
+    )
     for one in (started, killed):
         leftovers.soon_nothing(leftovers.of_instance, node, one["instance_id"])
     assert "the last words" in second.logs(started["instance_id"])
@@ -158,13 +161,11 @@ def test_killed_during_a_dump(second: Relume, app: App) -> None:
     second.deploy(app.directory)
     started = second.start(app.name)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        answer = pool.submit(get, started, "/post")
-        until(lambda: any(path.stat().st_size > 1 << 20 for path in _pages(second)), what="no dump")
+        answer = in_its_dump(second, app, pool, started, "/post", lambda: _well_begun(second))
         second.kill_node()
-        assert not answer.done()
         assert get(started, "/count")["hits"] == 1, "it was let go again"
         second.start_node()
-        told = answer.result(60)
+        told = answer.result(120)
     assert (told["status"], told["reason"]) == ("created", None)
     assert told["size_bytes"] > 500 << 20
     assert making(second) == []
@@ -172,8 +173,12 @@ def test_killed_during_a_dump(second: Relume, app: App) -> None:
     assert second.start(app.name)["restored"]
 
 
-def _pages(relume: Relume) -> list[Path]:
-    return list((relume.state / "checkpoints").glob(".making-*/images/pages-*.img"))
+def _well_begun(relume: Relume) -> bool:
+    """A dump has written a megabyte, and is not over."""
+    pages = (relume.state / "checkpoints").glob(".making-*/images/pages-*.img")
+    with contextlib.suppress(OSError):  # it is over now
+        return any(path.stat().st_size > 1 << 20 for path in pages)
+    return False
 
 
 def test_killed_at_any_moment_of_a_checkpoint(second: Relume, app: App) -> None:
@@ -192,7 +197,7 @@ def test_killed_at_any_moment_of_a_checkpoint(second: Relume, app: App) -> None:
             time.sleep(moment)
             second.kill_node()
             second.start_node()
-            told = answer.result(30)
+            told = answer.result(120)
         assert told["status"] == "created", (moment, told)
         assert making(second) == []
         (row,) = second.checkpoints(app.name)
@@ -217,8 +222,11 @@ def test_killed_at_any_moment_of_a_start(second: Relume, app: App, how: str) -> 
     whole = time.monotonic() - began
     node = leftovers.node_id(second)
     second.stop(app.name)
-    outcomes = []
-    for moment in moments(whole * 1.05, 6):
+    outcomes: list[int] = []
+    # The later ones only where the machine has become slower than it was, and none has survived so far.
+    for moment in [*moments(whole * 1.05, 6), *(whole * 1.5**number for number in range(1, 7))]:
+        if len(outcomes) >= 6 and max(outcomes) == 1:
+            break
         with starting(second, app):
             time.sleep(moment)
             second.kill_node()
@@ -304,11 +312,12 @@ def test_stop_right_after_a_start_was_cut_short(relume: Relume, app: App) -> Non
 
 
 def test_a_start_goes_on_without_its_caller(relume: Relume, app: App) -> None:
-    app.write("time.sleep(1)\nserve()")
+    app.write("while not os.path.exists('/persistent-storage/go'): time.sleep(0.01)\nserve()")
     relume.deploy(app.directory)
     with starting(relume, app):
         (row,) = until(lambda: living(relume, app.name))
         assert row["state"] == "starting"
+    (relume.state / "persistent" / app.name / "go").touch()
     until(lambda: [row["state"] for row in living(relume, app.name)] == ["ready"])
     (row,) = living(relume, app.name)
     get(row, "/count")
@@ -321,7 +330,7 @@ def test_stop_ends_a_start_that_waits_for_its_app(relume: Relume, app: App) -> N
         until(lambda: "never ready" in relume.logs(app.name) if living(relume, app.name) else False)
         (row,) = living(relume, app.name)
         relume.run("stop", row["instance_id"])
-        assert client.wait(10) != 0
+        assert client.wait(60) != 0
     (row,) = relume.ps(app.name)
     assert row["state"] == "exited"
     leftovers.soon_nothing(leftovers.of_instance, leftovers.node_id(relume), row["instance_id"])
@@ -354,7 +363,7 @@ def test_a_keeper_that_nobody_can_reach_ends(second: Relume, app: App) -> None:
     node = leftovers.node_id(second)
     second.kill_node()
     Path("/run/relume", node, started["instance_id"], "keeper.sock").unlink()
-    until(lambda: not cgroup.processes(f"/relume/{node}/{started['instance_id']}"), 20)
+    until(lambda: not cgroup.processes(f"/relume/{node}/{started['instance_id']}"))
     with pytest.raises(OSError):
         get(started, "/count")
     second.start_node()
@@ -370,15 +379,14 @@ def test_a_keeper_killed_during_a_dump(second: Relume, app: App, restarted: bool
     started = second.start(app.name)
     node, instance = leftovers.node_id(second), started["instance_id"]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        answer = pool.submit(get, started, "/post")
-        until(lambda: any(path.stat().st_size > 1 << 20 for path in _pages(second)), what="no dump")
+        answer = in_its_dump(second, app, pool, started, "/post", lambda: _well_begun(second))
         if restarted:
             second.kill_node()
         os.kill(_keeper(node, instance), signal.SIGKILL)
         if restarted:
             second.start_node()
         with pytest.raises(OSError):
-            answer.result(30)
+            answer.result(120)
     until(lambda: not living(second, app.name))
     leftovers.soon_nothing(leftovers.of_instance, node, instance)
     leftovers.soon_nothing(_of_the_engine, node, instance)

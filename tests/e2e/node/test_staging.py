@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import App, Relume, get, shrink_to_fit, until
+from harness import App, Relume, get, in_its_dump, shrink_to_fit, until
 from relume.checkpoint import staging
 from relume.linux import mounts
 
@@ -119,11 +119,11 @@ def test_the_disk_is_full_when_a_dump_is_to_land(in_memory: Relume, app: App) ->
         original = in_memory.start(app.name)
         before = get(original, "/sum")
         with ThreadPoolExecutor() as pool:
-            asked = pool.submit(get, original, "/go")
-            until(lambda: len(mounts.under(checkpoints)) > 1)
+            staged = lambda: len(mounts.under(checkpoints)) > 1  # noqa: E731
+            asked = in_its_dump(in_memory, app, pool, original, "/go", staged)
             shrink_to_fit(checkpoints)
             asked.result()
-        (answer,) = get(original, "/answers")
+        answer = get(original, "/answers")[-1]
         assert (answer["status"], answer["reason"]) == ("failed", "insufficient_disk"), answer
         assert mounts.under(checkpoints) == [checkpoints]
         assert list(checkpoints.iterdir()) == []

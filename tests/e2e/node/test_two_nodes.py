@@ -60,7 +60,7 @@ def test_a_second_node_on_the_same_state_is_refused(relume: Relume, app: App) ->
     relume.deploy(app.directory)
     started = relume.start(app.name)
     done = subprocess.run(
-        [*MAIN, "node", "run"], env=relume.env, capture_output=True, text=True, timeout=20, check=False
+        [*MAIN, "node", "run"], env=relume.env, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 1
     assert f"another node runs on {relume.state}" in done.stderr
@@ -78,7 +78,7 @@ def test_a_copied_state_is_refused_while_the_first_node_runs(both: tuple[Relume,
     subprocess.run(["cp", "-a", "--reflink=auto", str(first.state), str(copy.state)], check=True)
     try:
         done = subprocess.run(
-            [*MAIN, "node", "run"], env=copy.env, capture_output=True, text=True, timeout=20, check=False
+            [*MAIN, "node", "run"], env=copy.env, capture_output=True, text=True, timeout=60, check=False
         )
         assert done.returncode == 1
         assert "a copy" in done.stderr

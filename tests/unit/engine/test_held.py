@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -58,7 +58,7 @@ def test_where_a_process_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_processes_that_are_gone_or_going_hold_nothing() -> None:
     zombie = subprocess.Popen(["true"])
-    time.sleep(0.05)
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
     assert Finder(Path("/")).find([zombie.pid]) == []
     zombie.wait()
     assert Finder(Path("/")).find([zombie.pid]) == []
@@ -494,11 +494,14 @@ def test_a_path_too_long_to_be_written_out_is_named(tmp_path: Path) -> None:
 
 def test_a_zombie_has_neither_memory_nor_mounts() -> None:
     zombie = subprocess.Popen(["true"])
-    time.sleep(0.05)
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
     assert preflight.estimate([zombie.pid]).total == 0
     with pytest.raises(ProcessLookupError):
         proc.mounts(zombie.pid)
-    assert preflight.estimate([zombie.pid, os.getpid()]).tmpfs > 0, "by the next process"
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        file.write(bytes(1 << 16))
+        file.flush()
+        assert preflight.estimate([zombie.pid, os.getpid()]).tmpfs >= 1 << 16, "by the next process"
     zombie.wait()
 
 

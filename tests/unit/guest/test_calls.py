@@ -7,7 +7,6 @@ import contextlib
 import contextvars
 import sqlite3
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -367,12 +366,13 @@ async def test_a_function_may_give_a_coroutine_or_an_iterator_of_the_other_kind(
 async def test_a_coroutine_that_comes_too_late_is_not_run() -> None:
     """A warning of its own, which is an error here, would say that it was never awaited."""
     ran = []
+    late = threading.Event()
 
     async def coroutine() -> None:
         ran.append(1)
 
     def function() -> Any:
-        time.sleep(0.05)
+        late.wait()
         return coroutine()
 
     calls = Calls(1)
@@ -381,6 +381,7 @@ async def test_a_coroutine_that_comes_too_late_is_not_run() -> None:
     await asyncio.sleep(0.01)
     request.cancel()
     call.finish()
+    late.set()
     await over(calls)
     assert ran == []
 

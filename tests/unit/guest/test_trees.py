@@ -35,7 +35,7 @@ def test_the_sdk_outside_relume_says_so_at_once(tmp_path: Path) -> None:
         "r = relume.checkpoint(); print(r.status, r.restored, relume.restore_id(), relume.refresh_env())"
     )
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, timeout=5
+        [sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, timeout=30
     )
     assert done.stdout.strip() == "outside False None {}", done.stderr
 

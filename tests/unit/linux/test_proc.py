@@ -157,8 +157,8 @@ def test_memory_grows_by_what_is_written() -> None:
 
 def test_a_process_that_is_gone() -> None:
     child = subprocess.Popen(["true"])
-    done = threading.Event()
-    done.wait(0.05)  # a zombie now: it has a status, but neither memory nor descriptors
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    # A zombie now: it has a status, but neither memory nor descriptors.
     assert proc.status(child.pid).state == "Z"
     assert proc.memory(child.pid) == {}
     assert proc.mapped(child.pid) == {}

@@ -49,7 +49,11 @@ class Node:
         self.heard: list[str] = []
         self.background = Background()
         ending = SimpleNamespace(discard=self._discard, forget=self._forget)
-        hearing = SimpleNamespace(listen=lambda instance: self.heard.append(instance.instance_id))
+        self.events: list[dict[str, Any]] = []
+        hearing = SimpleNamespace(
+            listen=lambda instance: self.heard.append(instance.instance_id),
+            heard=lambda instance, event: self.events.append(event),
+        )
         nobody = cast("Any", None)
         self.adoption = Adoption(
             places,
@@ -221,3 +225,13 @@ async def test_one_whose_memory_failed_it_meanwhile_is_replaced(
     await asyncio.sleep(0.01)
     (instance,) = replaced
     assert (instance.paging_failed, instance.environment) == ("the pager was killed", {"TOKEN": "t"})
+
+
+async def test_a_pager_that_failed_just_before_is_heard_of(
+    node: Node, answer: asyncio.Future[dict[str, Any]]
+) -> None:
+    """The end of its app is still to come: without the reason it would pass for one that ended by itself."""
+    failed = {"event": "failed", "reason": "the pager was killed", "untrusted": False}
+    answer.set_result(TOLD | {"paging": failed})
+    assert await node.adopt()
+    assert node.events == [{"event": "pager", "told": failed}]

@@ -119,7 +119,7 @@ async def test_it_goes_when_its_checkpoint_no_longer_fits(node: Node) -> None:
 async def test_it_gives_way_to_memory_pressure_and_stays_away(
     node: Node, available: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_AFTER_SCARCITY", 1.0)
+    monkeypatch.setattr(module, "_AFTER_SCARCITY", 3600.0)
     node.prepared.want("app")
     await node.until(lambda: len(node.made) == 1)
     available["gb"] = 9
@@ -127,6 +127,7 @@ async def test_it_gives_way_to_memory_pressure_and_stays_away(
     available["gb"] = 11  # just what was given up: whoever needed it has not taken it yet
     await node.some_rounds()
     assert len(node.made) == 1
+    node.prepared._not_before.clear()
     await node.until(lambda: len(node.made) == 2)
 
 

@@ -79,12 +79,13 @@ def test_a_replay_is_over_once() -> None:
     over = threading.Semaphore(0)
     replay = background.Replay([], set(), 2, background.Pace(), lambda _: over.release(), lambda error: None)
     replay.start(lambda _: None)
-    assert over.acquire(timeout=5)
+    assert over.acquire(timeout=60)
     replay.start(lambda _: None)
     assert not over.acquire(timeout=0.1)
 
 
-def test_steps_are_small_while_faults_come() -> None:
+def test_steps_are_small_while_faults_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "FAULT_SECONDS", 60.0)
     pace = background.Pace()
     assert pace.step == background.STEP_BYTES
     pace.fault()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import socket
 import struct
 import time
@@ -44,24 +45,30 @@ async def test_slow_loris(serve: Any, beginning: bytes) -> None:
             writer.write(b"x")
 
     dripping = asyncio.create_task(drip())
-    raw = await reader.readuntil(b"}}\n")
+    async with asyncio.timeout(30):  # a limit that each byte moved would never come
+        raw = await reader.readuntil(b"}}\n")
     took = time.monotonic() - began
     dripping.cancel()
     writer.close()
     assert code(raw[raw.rindex(b"HTTP/1.1 ") :]) == (408, "timeout")
-    assert 0.3 < took < 2.0
+    assert took > 0.3
 
 
 async def test_head_and_body_share_one_time_limit(serve: Any) -> None:
     served = await serve(read_s=0.6)
-    reader, writer = await served.connect()
-    began = time.monotonic()
-    writer.write(b"POST /checkpoint HTTP/1.1\r\nHost: s\r\nContent-Length: 9\r\n")
-    await asyncio.sleep(0.4)
-    writer.write(b"\r\nabc")
-    assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
-    writer.close()
-    assert time.monotonic() - began < 0.9
+    soonest = math.inf
+    for _ in range(5):  # a busy machine only ever adds to it; with two limits it would be 1.0 at least
+        reader, writer = await served.connect()
+        began = time.monotonic()
+        writer.write(b"POST /checkpoint HTTP/1.1\r\nHost: s\r\nContent-Length: 9\r\n")
+        await asyncio.sleep(0.4)
+        writer.write(b"\r\nabc")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
+        writer.close()
+        soonest = min(soonest, time.monotonic() - began)
+        if soonest < 0.9:
+            return
+    raise AssertionError(soonest)
 
 
 async def test_an_idle_connection_ends_quietly(serve: Any) -> None:
@@ -77,7 +84,7 @@ async def test_a_gigabyte_is_refused_at_once(serve: Any) -> None:
     reader, writer = await served.connect()
     writer.write(b"POST /checkpoint HTTP/1.1\r\nHost: s\r\nContent-Length: 1073741824\r\n\r\n")
     writer.write(bytes(4 << 20))
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(30):
         assert code(await reader.readuntil(b"}}\n")) == (413, "body_too_large")
     writer.close()
     assert served.asked == 0
@@ -89,7 +96,7 @@ async def test_a_body_of_unknown_size_is_cut_off(serve: Any) -> None:
     writer.write(b"POST /checkpoint HTTP/1.1\r\nHost: s\r\nTransfer-Encoding: chunked\r\n\r\n")
     for _ in range(11):
         writer.write(b"64\r\n" + bytes(100) + b"\r\n")
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(30):
         assert code(await reader.readuntil(b"}}\n")) == (413, "body_too_large")
     writer.close()
     assert served.asked == 0
@@ -99,7 +106,7 @@ async def test_a_large_head(serve: Any) -> None:
     served = await serve(header_bytes=4096)
     reader, writer = await served.connect()
     writer.write(b"GET /status HTTP/1.1\r\nHost: s\r\nCookie: " + b"x" * 100_000)
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(30):
         assert code(await reader.readuntil(b"}}\n")) == (431, "header_too_large")
     writer.close()
 
