@@ -102,6 +102,11 @@ DUMP = (
         "holds {name} (descriptor {fd})",
         _CLOSE,
     ),
+    _rule(
+        r"Can't stat fd \d+: No such file or directory",
+        "holds a directory of /proc whose process or thread has ended",
+        _CLOSE,
+    ),
     # criu/files-reg.c: regular files
     _rule(
         r"Can't lookup mount=-?\d+ for fd=-?\d+ path=(?P<path>.*)",

@@ -13,6 +13,7 @@ things in them would otherwise come back wrong, or not at all:
   mapped again.
 - **Files that all instances share**: they change meanwhile, and another instance holds the locks on them. See
   _shared_files.py.
+- **Files in /proc** of single threads, which are not there yet when files are opened. See _proc_files.py.
 
 :func:`remap_ids` moves a container to another range of host ids. The rest only reads.
 
@@ -29,7 +30,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from relume.engine import _shared_files
+from relume.engine import _proc_files, _shared_files
 from relume.errors import ImageError
 from relume.images import read_image, read_pagemap, write_image
 
@@ -108,13 +109,14 @@ def prepare_images(directory: Path, *, loopback: str, shared: Collection[str] = 
     everyones = _shared_files.select(directory, files, shared) if shared else {}
     warnings = _shared_files.unlock(directory, everyones)
     loosened = _shared_files.loosen(directory, everyones)
-    if outside or stopped or loosened:
+    renamed, of_threads = _proc_files.redirect(directory, files)
+    if outside or stopped or loosened or renamed:
         write_image(path, files)
     kept = len(connections) - len(outside) if loopback == "keep" else 0
     closed = len(outside) if loopback == "keep" else len(connections)
     gone = {id(each) for each in (outside if loopback == "keep" else connections)}
     beyond = any(_is_beyond(each) for each in sockets if id(each) not in gone)
-    return EditReport(kept, closed, len(stopped), needs_network=beyond, warnings=tuple(warnings))
+    return EditReport(kept, closed, len(stopped), needs_network=beyond, warnings=(*warnings, *of_threads))
 
 
 def remap_ids(directory: Path, *, id_base: int) -> bool:

@@ -225,6 +225,8 @@ class _Examination:
             yield from self._device(f"/proc/{pid}/fd/{fd}", target)
         if target.endswith(proc.DELETED):
             yield from _ghost(f"/proc/{pid}/fd/{fd}", target)
+        if target.startswith("/proc/") and _without_its_task(f"/proc/{pid}/fd/{fd}"):
+            yield f"holds {target}, of a process or thread that has ended", "close it before the request"
         if target.startswith(_KERNEL_FILES):
             return
         if target in self._inside:
@@ -383,6 +385,15 @@ def _not_to_be_held(found: Sequence[Held], upper: Path, limit: int) -> Iterator[
             culprit = held.too_large(one, status.st_blocks * 512, limit)
             if culprit is not None:
                 yield culprit
+
+
+def _without_its_task(link: str) -> bool:
+    """Whether fstat(2), of a descriptor that is there, says otherwise, as of ``/proc/PID/fd`` without the process."""
+    try:
+        Path(link).stat()
+    except FileNotFoundError:
+        return bool(Path(link).readlink())
+    return False
 
 
 def _tmpfs(pids: Sequence[int]) -> int:

@@ -95,6 +95,12 @@ REFUSED = {
         "while 'State:\tZ' not in open(f'/proc/{child}/status').read(): time.sleep(0.01)",
         HEADLESS,
     ),
+    "directory of a thread that ended": (
+        "import threading; fds = []\n"
+        "thread = threading.Thread(target=lambda: fds.append(os.open('/proc/thread-self/fd', os.O_RDONLY)))\n"
+        "thread.start(); thread.join()",
+        "of a process or thread that has ended",
+    ),
     "large deleted file, mapped": (
         'fd = os.open("/tmp/relume-large", os.O_RDWR | os.O_CREAT); os.posix_fallocate(fd, 0, 1100 << 20);'
         'os.unlink("/tmp/relume-large"); libc.mmap(None, 4096, 1, 1, fd, ctypes.c_long(0)); os.close(fd)',

@@ -50,6 +50,10 @@ ABOUT_ONE = [
         "(00.03) Error (criu/files-ext.c:94): Can't dump file 5 of that type [60600] (unknown /dev/vda)",
         "/dev/vda",
     ),
+    (
+        "(00.010716) Error (criu/files.c:378): Can't stat fd 23: No such file or directory",
+        "whose process or thread has ended",
+    ),
     ("(00.03) Error (criu/files-reg.c:1790): Can't lookup mount=21 for fd=3 path=/queue", "holds /queue"),
     (
         "(00.03) Error (criu/files-reg.c:1796): Open files on overmounted mounts are not supported yet;"
