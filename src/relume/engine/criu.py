@@ -195,7 +195,7 @@ class Criu:
         listener = self.network.inside.run(lambda: netns.listener(ADDRESS, PORT, backlog=512))
         await self._on_network(listener)
         if self._container.outgoing:
-            way_out = self.network.open_way_out(pid, self._directory / "pasta.log")
+            way_out = self._open_way_out(pid)
             if wait_for_way_out:
                 await way_out
             else:
@@ -384,6 +384,11 @@ class Criu:
         if self.network is not None:
             await self.network.close()
         self._hook.close()
+
+    async def _open_way_out(self, pid: int) -> None:
+        assert self.network is not None
+        if await self.network.open_way_out(pid, self._directory / "pasta.log"):
+            self._mark("way_out")
 
     def _mark(self, stage: str) -> None:
         self.timeline[stage] = time.monotonic()

@@ -11,6 +11,7 @@ The inner address is on ``lo`` too, so that a restore need not wait for pasta be
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import shutil
@@ -37,7 +38,7 @@ class Network:
             self.inside = netns.Inside(namespace)
         finally:
             os.close(namespace)
-        self.inside.run(lambda: netns.loopback_up((sidecar, INNER_ADDRESS)))
+        self.inside.run(lambda: netns.loopback_up((INNER_ADDRESS, sidecar)))
         self._pasta: asyncio.subprocess.Process | None = None
 
     async def open_way_out(self, pid: int, log: Path) -> bool:
@@ -45,6 +46,7 @@ class Network:
         command = pasta()
         if command is None:
             return False
+        self._hold_outgoing(True)
         # By descriptor: runc's init is not dumpable, and pasta, its privileges dropped, may not look at its /proc.
         namespaces = [
             os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in ("net", "user")
@@ -75,7 +77,15 @@ class Network:
         finally:
             for descriptor in namespaces:
                 os.close(descriptor)
-        return await self._interface_up()
+        try:
+            return await self._interface_up()
+        finally:
+            self._hold_outgoing(False)
+
+    def _hold_outgoing(self, hold: bool) -> None:
+        """A copy may run before pasta is there. Its first packet is late then; refused, it would fail the app."""
+        with contextlib.suppress(OSError):  # the namespace may be gone
+            self.inside.run(functools.partial(netns.hold_outgoing, hold))
 
     async def _interface_up(self) -> bool:
         """Wait until pasta has given the namespace a default route, or has died."""
@@ -83,7 +93,7 @@ class Network:
         for _ in range(400):
             if self._pasta.returncode is not None:
                 return False
-            if await asyncio.to_thread(self.inside.run, netns.has_default_route):
+            if await asyncio.to_thread(self.inside.run, netns.has_way_out):
                 return True
             await asyncio.sleep(0.005)
         return False

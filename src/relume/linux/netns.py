@@ -6,6 +6,7 @@ So a thread that has entered the namespace makes the sockets, and anybody in the
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -25,7 +26,11 @@ _SIOCGIFFLAGS = 0x8913
 _SIOCSIFFLAGS = 0x8914
 _SIOCSIFADDR = 0x8916
 _SIOCSIFNETMASK = 0x891C
+_SIOCADDRT = 0x890B
+_SIOCDELRT = 0x890C
 _IFF_UP = 1
+_RTF_UP = 1
+_LAST_METRIC = 0x7FFF  # of struct rtentry, signed 16 bits
 
 T = TypeVar("T")
 
@@ -77,7 +82,8 @@ class Inside:
 def loopback_up(addresses: Sequence[str]) -> None:
     """Bring ``lo`` up and give it ``addresses``, each a /32, beside 127.0.0.1 (as aliases ``lo:1``, ...).
 
-    netdevice(7). To be run inside the namespace, e.g. by :meth:`Inside.run`.
+    What goes out through ``lo`` is from the first of them. netdevice(7). To be run inside the namespace, e.g. by
+    :meth:`Inside.run`.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         _set_address(control, "lo", "127.0.0.1", "255.0.0.0")
@@ -88,10 +94,30 @@ def loopback_up(addresses: Sequence[str]) -> None:
             _set_address(control, f"lo:{number}", address, "255.255.255.255")
 
 
-def has_default_route() -> bool:
-    """Whether an IPv4 default route exists in the caller's namespace (proc_net(5): destination 00000000)."""
+def has_way_out() -> bool:
+    """Whether the caller's namespace has an IPv4 default route that leaves it (proc_net(5): destination 00000000)."""
     with open("/proc/thread-self/net/route") as table:
-        return any(line.split("\t")[1:2] == ["00000000"] for line in table)
+        return any(
+            fields[1] == "00000000" and fields[0] != "lo" for line in table if (fields := line.split("\t"))
+        )
+
+
+def hold_outgoing(hold: bool) -> None:
+    """Let what is sent out before there is a way be lost, as on a slow line, and not be refused; or undo that.
+
+    An IPv4 default route through ``lo``, the last that the kernel would take, has that effect: a packet keeps its
+    route there, and the one of a unicast address that is not the namespace's own takes none in (ip_route_output,
+    dst_discard). To be run inside the namespace.
+    """
+    nowhere = struct.pack("=HH12x", socket.AF_INET, 0)
+    device = ctypes.create_string_buffer(b"lo")
+    entry = struct.pack(
+        "@L16s16s16sHhLPhPLLH",
+        *(0, nowhere, nowhere, nowhere, _RTF_UP, 0, 0, 0),
+        *(_LAST_METRIC, ctypes.addressof(device), 0, 0, 0),
+    )
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, _SIOCADDRT if hold else _SIOCDELRT, entry)
 
 
 def _set_address(control: socket.socket, name: str, address: str, mask: str) -> None:
