@@ -100,7 +100,7 @@ async def _stream(
     try:
         while (line := await _next(request, lines)) is not None:
             await response.write(json.dumps(line).encode() + b"\n")
-    except ConnectionResetError:
+    except ConnectionError:  # aiohttp's plain one where it waited for a slow reader
         if not goes_on:
             running.cancel()
     return response
@@ -203,7 +203,7 @@ async def _logs(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers={"content-type": "application/octet-stream"})
     await response.prepare(request)
     wanted = "follow" in request.query
-    with contextlib.suppress(ConnectionResetError):  # the reader has read enough
+    with contextlib.suppress(ConnectionError):  # the reader has read enough
         async for piece in follow(path, ended=instance.ended if instance and wanted else None):
             await response.write(piece)
     return response

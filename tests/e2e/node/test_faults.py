@@ -256,6 +256,22 @@ serve()
     assert relume.start(app.name)["restored"]
 
 
+def test_a_reader_of_a_long_log_that_has_read_enough(relume: Relume, app: App) -> None:
+    """`relume logs APP | head`: the node waits for its reader when that goes."""
+    app.write("for _ in range(100_000): print('x' * 100)\nserve()")
+    relume.deploy(app.directory)
+    relume.start(app.name)
+    with subprocess.Popen(
+        [*MAIN, "logs", app.name], env=relume.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as reader:
+        assert reader.stdout is not None and reader.stderr is not None
+        assert reader.stdout.readline() == "x" * 100 + "\n"
+        reader.stdout.close()
+        assert reader.stderr.read() == ""
+    assert len(relume.logs(app.name)) >= 10_000_000
+    assert "Traceback" not in relume.log.read_text()
+
+
 def test_a_deploy_whose_caller_goes_away_is_cancelled(relume: Relume, app: App) -> None:
     app.write("serve()")
     toml = app.directory / "cerebrium.toml"
