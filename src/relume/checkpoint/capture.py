@@ -391,7 +391,9 @@ class Capturer:
         images = directory / "images"
         staged = staging.land(images)
         landed = time.monotonic()
-        edited_images = edit.prepare_images(images, loopback=subject.loopback, shared=_SHARED)
+        edited_images = edit.prepare_images(
+            images, loopback=subject.loopback, shared=_SHARED, sockets=result.held.get("sockets")
+        )
         tmpfs.lighten(images)
         edited = time.monotonic()
         integrity.record(images)

@@ -107,6 +107,12 @@ DUMP = (
         "holds a directory of /proc whose process or thread has ended",
         _CLOSE,
     ),
+    # criu/sk-unix.c: sockets bound by a relative name
+    _rule(
+        r"unix: Unable too cut (?P<name>.*) from (?P<path>.*)",
+        "has bound the unix socket {path} by a relative name, {name}, and renamed it",
+        "bind it by an absolute name",
+    ),
     # criu/files-reg.c: regular files
     _rule(
         r"Can't lookup mount=-?\d+ for fd=-?\d+ path=(?P<path>.*)",

@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from relume.linux import proc, syscall
+from relume.linux import files, proc, syscall
 
 _PIDFD_GETFD = 438
 _CHANGED = frozenset({errno.ENOENT, errno.ESRCH, errno.EBADF, errno.ENOTTY, errno.EINVAL})
@@ -43,10 +43,18 @@ class Held:
 
 
 class Finder:
-    """One pass over some processes. ``rootfs`` is where the container's root is mounted out here."""
+    """One pass over some processes. ``rootfs`` is where the container's root is mounted out here.
+
+    After it ``sockets`` has the unix sockets whose name is not the one that was bound, by the inode number of the
+    socket: supervisord makes a hard link and removes that one, HAProxy renames it. ``misnamed`` are those of them
+    that were bound by a relative name, which CRIU cannot save.
+    """
 
     def __init__(self, rootfs: Path) -> None:
+        self.sockets: dict[int, str] = {}
+        self.misnamed: list[Held] = []
         self._rootfs = rootfs
+        self._init = 0
         self._roots: dict[int, proc.Mount] = {}
         self._sockets: dict[int, dict[int, str]] = {}
         self._found: dict[tuple[str, str], Held] = {}
@@ -62,6 +70,7 @@ class Finder:
                 statuses[pid] = proc.status(pid)
         # The container's first process first: another may have changed its root to where something is mounted.
         for pid in sorted(statuses, key=lambda pid: statuses[pid].inside):
+            self._init = self._init or pid
             with contextlib.suppress(*proc.GONE):
                 self._process(pid, statuses[pid])
         return list(self._found.values())
@@ -120,8 +129,19 @@ class Finder:
         finally:
             os.close(socket)
         try:
+            target = proc.link(os.getpid(), f"fd/{file}")
+            bound_as = target.removesuffix(proc.DELETED)
+            if target != bound_as:
+                with contextlib.closing(_Root(self._init)) as everything:
+                    target = everything.other_name(bound_as, file) or target
+            if not target.endswith(proc.DELETED):
+                with contextlib.closing(_Root(pid)) as seen:  # it may have changed its root
+                    if not seen.leads_to(name, file, target):
+                        self.sockets[inode] = target
+            if not name.startswith("/") and os.path.basename(name) != os.path.basename(bound_as):
+                self.misnamed.append(Held(name, who[0], who[1], f"the unix socket {target}"))
             if proc.mount_id(proc.fdinfo(os.getpid(), file)) == root.mnt_id:
-                self._add(proc.link(os.getpid(), f"fd/{file}"), who, "bound socket")
+                self._add(target, who, "bound socket")
         finally:
             os.close(file)
 
@@ -148,6 +168,50 @@ def mapped_shared(pids: Iterable[int]) -> set[str]:
         with contextlib.suppress(*proc.GONE):
             found.update(each.path.strip("/") for each in proc.mappings(pid) if each.shared)
     return found
+
+
+class _Root:
+    """The root directory of a process, in which names are as it sees them. Raises OSError."""
+
+    def __init__(self, pid: int) -> None:
+        self._root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        os.close(self._root)
+
+    def leads_to(self, name: str, file: int, target: str) -> bool:
+        """Whether ``name`` is one of ``file``, which is at ``target``. Relative to what a name was, nobody knows."""
+        if not name.startswith("/"):
+            return os.path.basename(name) == os.path.basename(target)
+        try:
+            found = files.open_below(self._root, name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            return os.path.samestat(os.fstat(found), os.fstat(file))
+        finally:
+            os.close(found)
+
+    def other_name(self, gone: str, file: int) -> str | None:
+        """Another name, in the same directory, of a ``file`` whose name is ``gone``; None if it has none there."""
+        there = os.fstat(file)
+        if there.st_nlink == 0:
+            return None
+        folder = os.path.dirname(gone)
+        try:
+            directory = files.open_below(self._root, folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
+                        continue
+                    if os.path.samestat(entry.stat(follow_symlinks=False), there):
+                        return f"{folder.rstrip('/')}/{entry.name}"
+        finally:
+            os.close(directory)
+        return None
 
 
 @contextlib.contextmanager

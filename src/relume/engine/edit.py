@@ -13,6 +13,8 @@ things in them would otherwise come back wrong, or not at all:
   mapped again.
 - **Files that all instances share**: they change meanwhile, and another instance holds the locks on them. See
   _shared_files.py.
+- **Unix sockets whose name is another by now**: bound by one name and renamed, which CRIU would bind by the old name,
+  or linked to another, which it takes for deleted. They get the name that they have.
 - **Files in /proc** of single threads, which are not there yet when files are opened. See _proc_files.py.
 
 :func:`remap_ids` moves a container to another range of host ids. The rest only reads.
@@ -26,9 +28,10 @@ import dataclasses
 import ipaddress
 import os
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from relume.engine import _proc_files, _shared_files
 from relume.errors import ImageError
@@ -39,6 +42,7 @@ _PRIVATE_ANONYMOUS = 0x22  # MAP_PRIVATE | MAP_ANONYMOUS of mman.h
 _NORESERVE = 0x4000
 _TASK_STOPPED = 0x3  # compel/include/uapi/task-state.h, COMPEL_TASK_STOPPED
 _CLOSED = 7  # TCP_CLOSE of linux/tcp_states.h, as CRIU writes it
+_LONGEST_SOCKET_NAME = 107  # sun_path of unix(7), and its NUL
 _BOTH = 3  # sk_shutdown of sk-opts.proto
 _SIDECAR = ipaddress.ip_address("169.254.169.253")
 _V4_MAPPED = [0, 0, 0xFFFF0000]  # ::ffff:0:0/96 in network order, read as words of a little-endian machine
@@ -87,19 +91,22 @@ class Process:
     memory_bytes: int
 
 
-def prepare_images(directory: Path, *, loopback: str, shared: Collection[str] = ()) -> EditReport:
+def prepare_images(
+    directory: Path, *, loopback: str, shared: Collection[str] = (), sockets: Mapping[str, str] | None = None
+) -> EditReport:
     """Make the images in ``directory`` right for copies; ``loopback`` is "keep" or "close".
 
     "keep": dumped and to be restored with ``tcp-established``. "close": with ``tcp-close``, which ends all
-    connections by itself. ``shared`` are the mount points inside behind which all instances have the same files.
+    connections by itself. ``shared`` are the mount points inside behind which all instances have the same files,
+    ``sockets`` the names of unix sockets (of a HeldReport).
     Doing it twice changes nothing more, but warns only once. Raises ImageError.
     """
     for memory in directory.glob("mm-*.img"):
         _reserve_without_account(memory)
     path = directory / "files.img"
     files = read_image(path)
-    sockets = [file.isk for file in files if file.HasField("isk")]
-    connections = [each for each in sockets if each.proto == _TCP and each.dst_port]
+    inet = [file.isk for file in files if file.HasField("isk")]
+    connections = [each for each in inet if each.proto == _TCP and each.dst_port]
     outside = _outside(connections) if loopback == "keep" else []
     stopped = [file.tfd for file in files if file.HasField("tfd") and _is_stopped(file.tfd)]
     for socket in outside:
@@ -110,12 +117,13 @@ def prepare_images(directory: Path, *, loopback: str, shared: Collection[str] = 
     warnings = _shared_files.unlock(directory, everyones)
     loosened = _shared_files.loosen(directory, everyones)
     renamed, of_threads = _proc_files.redirect(directory, files)
-    if outside or stopped or loosened or renamed:
+    named = _name([file.usk for file in files if file.HasField("usk")], sockets or {})
+    if outside or stopped or loosened or renamed or named:
         write_image(path, files)
     kept = len(connections) - len(outside) if loopback == "keep" else 0
     closed = len(outside) if loopback == "keep" else len(connections)
     gone = {id(each) for each in (outside if loopback == "keep" else connections)}
-    beyond = any(_is_beyond(each) for each in sockets if id(each) not in gone)
+    beyond = any(_is_beyond(each) for each in inet if id(each) not in gone)
     return EditReport(kept, closed, len(stopped), needs_network=beyond, warnings=(*warnings, *of_threads))
 
 
@@ -223,6 +231,20 @@ def _close(socket: Any) -> None:
     socket.src_addr[:] = [0] * len(socket.src_addr)
     socket.dst_addr[:] = [0] * len(socket.dst_addr)
     socket.shutdown = _BOTH
+
+
+def _name(entries: Sequence[Any], sockets: Mapping[str, str]) -> bool:
+    """Give unix sockets the names that they have, and connections that of their listener."""
+    names: dict[bytes, bytes] = {}
+    for entry in entries:
+        path = unquote_to_bytes(sockets.get(str(entry.ino), ""))
+        if 0 < len(path) <= _LONGEST_SOCKET_NAME and entry.name != path + b"\0":
+            names[entry.name] = path + b"\0"
+    for entry in entries:
+        if entry.name in names:
+            entry.name, entry.deleted = names[entry.name], False
+            entry.ClearField("name_dir")
+    return bool(names)
 
 
 def _reserve_without_account(path: Path) -> None:

@@ -20,7 +20,8 @@ How CRIU 4.2 treats each kind, which decides what must be copied (criu/files-reg
 - deleted, another name left: CRIU makes a hard link ``link_remap.ID`` beside the old name for the time of the
   dump, and wants it at the restore. Copied; that is why the copy is made in the ``post-dump`` action script.
 - bound unix socket: unlinked and bound again. Its directories must be there; the socket file is copied so
-  that it hides a file of a lower layer by that name (bind would answer EADDRINUSE).
+  that it hides a file of a lower layer by that name (bind would answer EADDRINUSE). One whose name is another by
+  now, CRIU takes for deleted: the report has the names for :func:`relume.engine.edit.prepare_images`.
 - inotify watch: set again by path, which must be there.
 
 Where the whole layer was saved, it serves as the topmost lower layer of each copy of the app, at no cost. Not so for
@@ -63,12 +64,14 @@ class HeldReport:
     ``warnings`` are sentences for the answer to the app: what was saved and will still not be right. ``own_files``
     are for :func:`lay`: of a layer that was saved whole, the files that each copy must have in its upper layer, as
     paths from the root, their bytes written as in a URL (a name need be no UTF-8, and JSON holds nothing else).
+    ``sockets`` are the names of bound unix sockets, by inode number, written likewise.
     """
 
     files: int
     bytes: int
     warnings: tuple[str, ...] = ()
     own_files: tuple[str, ...] = ()
+    sockets: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,7 +113,8 @@ def capture(
     Raises Unsupported, with culprits, for a held file over the limit; OSError when the disk is full; Abandoned of
     _held_tree.py soon after ``abandoned`` says that nobody waits for it.
     """
-    held = Finder(rootfs).find(pids)
+    finder = Finder(rootfs)
+    held = finder.find(pids)
     warnings = sqlite_warnings(held)
     own_files: list[str] = []
     source = Tree(upper)
@@ -135,7 +139,8 @@ def capture(
     finally:
         copier.close()
         source.close()
-    return HeldReport(copier.files, copier.bytes, tuple(warnings), tuple(own_files))
+    sockets = {str(inode): quote(os.fsencode(path)) for inode, path in finder.sockets.items()}
+    return HeldReport(copier.files, copier.bytes, tuple(warnings), tuple(own_files), sockets)
 
 
 def add_directories(upper: Path, dest: Path, *, id_base: int, mounted: Collection[str] = ()) -> None:

@@ -140,7 +140,9 @@ def examine(
         except proc.GONE:
             continue
     if upper is not None and held_limit is not None:
-        found |= dict.fromkeys(_not_to_be_held(Finder(rootfs).find(list(statuses)), upper, held_limit))
+        finder = Finder(rootfs)
+        found |= dict.fromkeys(_not_to_be_held(finder.find(list(statuses)), upper, held_limit))
+        found |= dict.fromkeys(map(_misnamed, finder.misnamed))
     return list(found)
 
 
@@ -385,6 +387,15 @@ def _not_to_be_held(found: Sequence[Held], upper: Path, limit: int) -> Iterator[
             culprit = held.too_large(one, status.st_blocks * 512, limit)
             if culprit is not None:
                 yield culprit
+
+
+def _misnamed(one: Held) -> Culprit:
+    return Culprit(
+        one.pid,
+        one.process,
+        f"has bound {one.how} by a relative name, {one.path}, and renamed it",
+        "bind it by an absolute name",
+    )
 
 
 def _without_its_task(link: str) -> bool:

@@ -229,7 +229,8 @@ class Box:
         report = Path(f"{job}.report")
         made.report = json.loads(report.read_text()) if report.exists() else {}
         if done.returncode == 0:
-            made.edits = edit.prepare_images(made.images, loopback=loopback)
+            sockets = cast("dict[str, str]", made.report.get("sockets", {}))
+            made.edits = edit.prepare_images(made.images, loopback=loopback, sockets=sockets)
             made.empty_tmpfs = tmpfs.lighten(made.images) if own_tar else 0
         elif check:
             raise AssertionError("\n".join([(self.directory / "runc.log").read_text(), *errors_in(made.log)]))

@@ -54,6 +54,10 @@ ABOUT_ONE = [
         "(00.010716) Error (criu/files.c:378): Can't stat fd 23: No such file or directory",
         "whose process or thread has ended",
     ),
+    (
+        "(00.010230) Error (criu/sk-unix.c:698): unix: Unable too cut a.6 from /var/lib/a",
+        "the unix socket /var/lib/a by a relative name, a.6",
+    ),
     ("(00.03) Error (criu/files-reg.c:1790): Can't lookup mount=21 for fd=3 path=/queue", "holds /queue"),
     (
         "(00.03) Error (criu/files-reg.c:1796): Open files on overmounted mounts are not supported yet;"
