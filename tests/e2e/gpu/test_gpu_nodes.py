@@ -125,13 +125,13 @@ class Instance:
         assert done.returncode == 0, self.words()
         self.pid = int((self.bundle / "pid").read_text())
 
-    def words(self, until: str = "") -> list[str]:
-        """What it writes from now on, until it writes ``until`` and for one second more."""
+    def words(self, until: str | None = None) -> list[str]:
+        """What it writes in one second; with ``until``, from now on until it writes that and in one second more."""
         os.set_blocking(self.output, False)
         self._drain()
         text = ""
         deadline = time.monotonic() + 30
-        while until not in text.split() and time.monotonic() < deadline:
+        while until is not None and until not in text.split() and time.monotonic() < deadline:
             time.sleep(0.05)
             text += self._drain()
         time.sleep(1)

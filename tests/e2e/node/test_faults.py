@@ -560,7 +560,12 @@ def shell_at_a_terminal():
     child, terminal = __import__("pty").fork()
     if child == 0:
         os.execvp("sh", ["sh", "-i"])
-    while "/dev/tty" not in [os.readlink(fd) for fd in __import__("glob").glob(f"/proc/{child}/fd/*")]:
+    def opened():
+        try:
+            return "/dev/tty" in [os.readlink(f"/proc/{child}/fd/{fd}") for fd in os.listdir(f"/proc/{child}/fd")]
+        except OSError:  # it closes others meanwhile
+            return False
+    while not opened():
         time.sleep(0.01)
     return lambda: (os.kill(child, 9), os.waitpid(child, 0), os.close(terminal))
 def large_file():
