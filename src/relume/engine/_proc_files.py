@@ -1,7 +1,5 @@
 """Files in /proc that are open, and that CRIU would not find again.
 
-It opens all files before it makes any thread.
-
 A program that reads ``/proc/thread-self/schedstat`` from time to time, as ClickHouse does for what its queries cost,
 holds ``/proc/PID/task/TID/schedstat``. CRIU (4.2.1) dumps the name, and at the restore there is no such file:
 threads come last, after the restorer has taken over (criu/pie/restorer.c), descriptors long before. There is one of
@@ -18,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,39 +39,45 @@ def redirect(directory: Path, files: Iterable[Any]) -> tuple[bool, list[str]]:
     ]
     if not held:
         return False, []
-    cut = [entry for entry, name in held if _is_cut_badly(entry, name)]
-    for entry in cut:
-        entry.name = "/".join(os.fsdecode(entry.name).split("/")[:3])
     owners = {tid: item.pid for item in read_image(directory / "pstree.img") for tid in item.threads}
-    renamed: dict[int, list[str]] = {}
-    for entry, _ in held:
-        name = os.fsdecode(entry.name)
-        if (task := _OF_A_TASK.fullmatch(name)) and owners.get(int(task[1])) == int(task[1]) != int(task[2]):
-            pid = int(task[1])
-            instead = f"/proc/{pid}/task/{pid}{task[3] or ''}"
-        elif (one := _OF_A_PROCESS.fullmatch(name)) and owners.get(int(one[1]), int(one[1])) != int(one[1]):
-            # The directory of a thread's number is not listed, and is there: it tells of the whole process.
-            pid = owners[int(one[1])]
-            instead = f"/proc/{pid}{one[2] or ''}"
-        else:
-            continue
-        entry.name = instead
-        renamed.setdefault(pid, []).append(name)
+    changed = False
+    of_threads: dict[int, list[str]] = {}
+    for entry, written in held:
+        name = _as_it_was(written) if stat.S_ISDIR(entry.mode) else written
+        pid, instead = _of_first_thread(name, owners)
+        if instead != written:
+            entry.name, changed = instead, True
+        if pid is not None:
+            of_threads.setdefault(pid, []).append(name)
     sentences = []
-    for pid, names in renamed.items():
+    for pid, names in of_threads.items():
         (core,) = read_image(directory / f"core-{pid}.img")
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         sentences.append(
             f"files about single threads of {os.fsdecode(core.tc.comm)} (pid {pid}) are open ({names[0]}{others}): a"
             " restored copy reads there about its first thread. Open them again after the request where it matters."
         )
-    return bool(cut or renamed), sentences
+    return changed, sentences
 
 
-def _is_cut_badly(entry: Any, name: str) -> bool:
-    return (
-        stat.S_ISDIR(entry.mode)
-        and (match := _OF_A_PROCESS.fullmatch(name)) is not None
-        and match[2] is not None
-        and match[2].split("/")[1] not in _FOLDERS
-    )
+def _as_it_was(directory: str) -> str:
+    """A directory's name without what CRIU wrote behind it."""
+    match = _OF_A_PROCESS.fullmatch(directory)
+    if match is None or match[2] is None or match[2].split("/")[1] in _FOLDERS:
+        return directory
+    return f"/proc/{match[1]}"
+
+
+def _of_first_thread(name: str, owners: Mapping[int, int]) -> tuple[int | None, str]:
+    """The process, where ``name`` is of one of its other threads, and the name to open. ``owners`` are by thread."""
+    if task := _OF_A_TASK.fullmatch(name):
+        numbers = int(task[1]), int(task[2])
+        pid = owners.get(numbers[0])  # the other may be of a thread that has ended
+        if pid is not None and numbers != (pid, pid):
+            return pid, f"/proc/{pid}/task/{pid}{task[3] or ''}"
+    elif one := _OF_A_PROCESS.fullmatch(name):
+        # The directory of a thread's number is not listed, and is there: it tells of the whole process.
+        pid = owners.get(int(one[1]))
+        if pid is not None and pid != int(one[1]):
+            return pid, f"/proc/{pid}{one[2] or ''}"
+    return None, name

@@ -21,7 +21,7 @@ How CRIU 4.2 treats each kind, which decides what must be copied (criu/files-reg
   dump, and wants it at the restore. Copied; that is why the copy is made in the ``post-dump`` action script.
 - bound unix socket: unlinked and bound again. Its directories must be there; the socket file is copied so
   that it hides a file of a lower layer by that name (bind would answer EADDRINUSE). One whose name is another by
-  now, CRIU takes for deleted: the report has the names for :func:`relume.engine.edit.prepare_images`.
+  now would come back by the old name, or by none: the report has such names, for relume.engine.edit.
 - inotify watch: set again by path, which must be there.
 
 Where the whole layer was saved, it serves as the topmost lower layer of each copy of the app, at no cost. Not so for
@@ -64,7 +64,8 @@ class HeldReport:
     ``warnings`` are sentences for the answer to the app: what was saved and will still not be right. ``own_files``
     are for :func:`lay`: of a layer that was saved whole, the files that each copy must have in its upper layer, as
     paths from the root, their bytes written as in a URL (a name need be no UTF-8, and JSON holds nothing else).
-    ``sockets`` are the names of bound unix sockets, by inode number, written likewise.
+    ``sockets`` are the names that unix sockets have instead of the one they were bound by, by the inode number of the
+    socket, written likewise.
     """
 
     files: int

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from relume.linux import netns, process
@@ -46,7 +47,23 @@ class Network:
         command = pasta()
         if command is None:
             return False
-        self._hold_outgoing(True)
+        with self._outgoing_held():
+            await self._start_pasta(command, pid, log)
+            return await self._interface_up()
+
+    @contextlib.contextmanager
+    def _outgoing_held(self) -> Iterator[None]:
+        """A copy may run before pasta is there. Its first packet is late then; refused, it would fail the app."""
+        unless_gone = contextlib.suppress(OSError)  # the namespace may be gone
+        with unless_gone:
+            self.inside.run(functools.partial(netns.hold_outgoing, True))
+        try:
+            yield
+        finally:
+            with unless_gone:
+                self.inside.run(functools.partial(netns.hold_outgoing, False))
+
+    async def _start_pasta(self, command: str, pid: int, log: Path) -> None:
         # By descriptor: runc's init is not dumpable, and pasta, its privileges dropped, may not look at its /proc.
         namespaces = [
             os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in ("net", "user")
@@ -77,15 +94,6 @@ class Network:
         finally:
             for descriptor in namespaces:
                 os.close(descriptor)
-        try:
-            return await self._interface_up()
-        finally:
-            self._hold_outgoing(False)
-
-    def _hold_outgoing(self, hold: bool) -> None:
-        """A copy may run before pasta is there. Its first packet is late then; refused, it would fail the app."""
-        with contextlib.suppress(OSError):  # the namespace may be gone
-            self.inside.run(functools.partial(netns.hold_outgoing, hold))
 
     async def _interface_up(self) -> bool:
         """Wait until pasta has given the namespace a default route, or has died."""

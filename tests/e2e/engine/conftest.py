@@ -331,6 +331,13 @@ class Lab:
         shutil.rmtree(self.directory)
 
 
+def let_go_on(*boxes: Box, until: str = "all well", timeout: float = 20.0) -> list[str]:
+    """Tell the programs in all of them to go on; what each printed, once it printed ``until``."""
+    for box in boxes:
+        box.touch("go")
+    return [box.wait_for(until, timeout) for box in boxes]
+
+
 @pytest.fixture
 def lab() -> Iterator[Lab]:
     if os.geteuid() != 0:

@@ -8,7 +8,7 @@ import pytest
 
 from relume.engine import criulog, held
 
-from .conftest import ID_BASE, Lab
+from .conftest import ID_BASE, Lab, let_go_on
 
 HOLDER = """
 import fcntl, mmap, os, socket, tempfile, threading, time, ctypes, struct, sys
@@ -183,9 +183,7 @@ def test_the_whole_layer(lab: Lab) -> None:
     checkpoint = box.dump(everything=True)
     assert held.survey(box.upper, checkpoint.held, id_base=ID_BASE).count == 0
     copies = [lab.restore(checkpoint) for _ in range(2)]
-    for each in [*copies, box]:
-        each.touch("go")
-        each.wait_for("all well")
+    let_go_on(*copies, box)
     assert (checkpoint.held / "data/model").read_text() == "weights"
 
 
@@ -214,9 +212,7 @@ def test_an_open_sqlite_database_comes_along_with_a_warning(lab: Lab) -> None:
     (warning,) = checkpoint.report["warnings"]
     assert warning.startswith("python3 (pid 1) has the SQLite database /notes.sqlite open in WAL mode")
     copy = lab.restore(checkpoint)
-    for each in (copy, box):
-        each.touch("go")
-        each.wait_for("['before', 'after']")
+    let_go_on(copy, box, until="['before', 'after']")
 
 
 BROKEN = """

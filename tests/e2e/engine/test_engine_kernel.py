@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .conftest import OTHER_BASE, Lab
+from .conftest import OTHER_BASE, Lab, let_go_on
 
 PROGRAM = r"""
 import array, ctypes, fcntl, mmap, multiprocessing, os, pty, select, signal, socket, struct, sys, threading, time
@@ -155,7 +155,4 @@ def test_kernel_objects(lab: Lab) -> None:
     box.wait_for("ready")
     checkpoint = box.dump()
     copies = [lab.restore(checkpoint), lab.restore(checkpoint, id_base=OTHER_BASE)]
-    for each in [*copies, box]:
-        each.touch("go")
-    for each in [*copies, box]:
-        each.wait_for("all well", 90)
+    let_go_on(*copies, box, timeout=90)

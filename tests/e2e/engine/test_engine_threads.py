@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .conftest import Lab
+from .conftest import Lab, let_go_on
 
 PROGRAM = """
 import os, threading, time
@@ -43,8 +43,5 @@ def test_files_of_threads(lab: Lab) -> None:
     assert warning.startswith("files about single threads of first (pid 1) are open (/proc/1/task/")
     assert "and 6 more): a restored copy reads there about its first thread" in warning
     copies = [lab.restore(checkpoint) for _ in range(2)]
-    for each in (*copies, box):
-        each.touch("go")
-    for each in copies:
-        assert r"names b'first\n' b'first\n' b'first\n'" in each.wait_for("all well")
-    box.wait_for("all well")
+    for said in let_go_on(box, *copies)[1:]:
+        assert r"names b'first\n' b'first\n' b'first\n'" in said

@@ -6,7 +6,7 @@ import pytest
 
 from relume.engine import criulog, preflight
 
-from .conftest import OTHER_BASE, Lab
+from .conftest import OTHER_BASE, Lab, let_go_on
 
 PROGRAM = """
 import os, socket, stat, time
@@ -66,10 +66,7 @@ def test_sockets_with_other_names(lab: Lab, everything: bool) -> None:
     box.wait_for("ready")
     checkpoint = box.dump(everything=everything)
     copies = [lab.restore(checkpoint), lab.restore(checkpoint, id_base=OTHER_BASE)]
-    for each in (*copies, box):
-        each.touch("go")
-    for each in (*copies, box):
-        each.wait_for("all well")
+    let_go_on(*copies, box)
 
 
 def test_one_bound_by_a_relative_name_and_renamed(lab: Lab) -> None:

@@ -44,6 +44,7 @@ def images(tmp_path: Path) -> Path:
         ("/proc/5/task/6", FOLDER, "/proc/5/task/5", True),
         ("/proc/5/task/9/stat", 0, "/proc/5/task/5/stat", True),  # of a thread that has ended
         ("/proc/6/stat", 0, "/proc/5/stat", True),
+        ("/proc/6/task/5/stat", 0, "/proc/5/task/5/stat", True),
         ("/proc/6/\x10", FOLDER, "/proc/5", True),
         ("/proc/5/\n/c.so", FOLDER, "/proc/5", False),
         ("/proc/5/", FOLDER, "/proc/5", False),
