@@ -4,6 +4,7 @@
 machine allows, an ``eth0`` that pasta (package passt) serves from user space: outgoing traffic becomes
 sockets of the host, with no bridge, no NAT rule, no address to hand out, and nothing to clean but a process.
 Nothing comes in that way: the published port dials from inside the namespace.
+A pasta that ends is followed by another.
 
 The inner address is on ``lo`` too, so that a restore need not wait for pasta before it binds sockets.
 """
@@ -15,6 +16,7 @@ import contextlib
 import functools
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,10 @@ from relume.linux import netns, process
 
 INNER_ADDRESS = "10.88.0.2"
 INNER_GATEWAY = "10.88.0.1"
+
+_SHORT_LIVED = 10.0
+_PAUSE = 1.0
+"""Seconds before a pasta that lived for less than :data:`_SHORT_LIVED` is started anew."""
 
 
 def pasta() -> str | None:
@@ -41,12 +47,33 @@ class Network:
             os.close(namespace)
         self.inside.run(lambda: netns.loopback_up((INNER_ADDRESS, sidecar)))
         self._pasta: asyncio.subprocess.Process | None = None
+        self._keeping: asyncio.Task[None] | None = None
 
     async def open_way_out(self, pid: int, log: Path) -> bool:
-        """Start pasta for the namespace of ``pid``; False (and a line in ``log``) if it cannot be."""
+        """Start pasta for the namespace of ``pid``; False (and a line in ``log``) if it cannot be.
+
+        From then on another takes the place of one that ends: connections through it are lost, those made later work.
+        """
         command = pasta()
         if command is None:
             return False
+        up = await self._bring_up(command, pid, log)
+        if up:
+            self._keeping = asyncio.create_task(self._keep_up(command, pid, log))
+        return up
+
+    async def _keep_up(self, command: str, pid: int, log: Path) -> None:
+        with contextlib.suppress(OSError):  # the namespaces are gone, and nobody needs a way
+            while self._pasta is not None:
+                began = time.monotonic()
+                status = await self._pasta.wait()
+                if time.monotonic() - began < _SHORT_LIVED:
+                    await asyncio.sleep(_PAUSE)
+                with log.open("a") as line:
+                    line.write(f"pasta ended with status {status}: another takes its place\n")
+                await self._bring_up(command, pid, log)
+
+    async def _bring_up(self, command: str, pid: int, log: Path) -> bool:
         with self._outgoing_held():
             await self._start_pasta(command, pid, log)
             return await self._interface_up()
@@ -107,6 +134,9 @@ class Network:
         return False
 
     async def close(self) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.wait([self._keeping])
         if self._pasta is not None and self._pasta.returncode is None:
             self._pasta.kill()
             await self._pasta.wait()

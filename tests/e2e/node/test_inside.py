@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import subprocess
 import threading
@@ -11,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+import leftovers
 from harness import MAIN, SNIPPET, App, Failed, Relume, get, until
 from relume.engine import network
-from relume.linux import cgroup
+from relume.linux import cgroup, proc
 
 PROBES = """
 import ctypes
@@ -137,6 +140,44 @@ def test_a_copy_that_calls_out_before_there_is_a_way(second: Relume, app: App, w
         assert copy["restored"], copy["reason"]
         assert get(copy, "/")["said"] == get(first, "/")["said"] == "hello"
         assert get(copy, "/")["took"] > 0.1, "it did not wait: there was a way already"
+
+
+def test_a_killed_pasta_is_replaced(relume: Relume, app: App) -> None:
+    """As any process it may be killed. What goes out later finds a way, in an original and in a copy."""
+    app.write(f"{PROBES}\n{SNIPPET}\nserve()")
+    relume.deploy(app.directory)
+    node = leftovers.node_id(relume)
+    started = [relume.start(app.name) for _ in range(2)]
+    assert [one["restored"] for one in started] == [False, True]
+    with host_server() as beyond:
+        for instance in started:
+            for _ in range(2):  # the second one soon after the first
+                _kill_pasta(node, instance["instance_id"])
+                assert get(instance, f"/reach/{beyond}") == "hello"
+    relume.stop(app.name)
+    for instance in started:
+        leftovers.soon_nothing(leftovers.of_instance, node, instance["instance_id"])
+        assert _pastas(node, instance["instance_id"]) == []
+
+
+def _kill_pasta(node: str, instance: str) -> None:
+    """And wait for the one that takes its place."""
+    (killed,) = until(lambda: _pastas(node, instance))
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: [pid for pid in _pastas(node, instance) if pid != killed])
+
+
+def _pastas(node: str, instance: str) -> list[int]:
+    """The children of the instance's keeper that are a pasta and run."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = proc.parent(int(entry.name))
+            keeper = Path(f"/proc/{parent}/cmdline").read_bytes()
+            program = (entry / "cmdline").read_bytes().partition(b"\0")[0]  # nothing of a zombie
+            if program.endswith(b"/pasta") and f"/{node}/{instance}".encode() in keeper:
+                found.append(int(entry.name))
+    return found
 
 
 JOURNAL = """
